@@ -9,7 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from vlm_sft.commands.parser import CommandParser, heavy_imports, require_file, require_folder
+from vlm_sft.commands.parser import (
+    CommandParser,
+    add_columns_option,
+    heavy_imports,
+    require_file,
+    require_folder,
+)
 from vlm_sft.commands.run_command import run_command
 from vlm_sft.errors import UserError
 from vlm_sft.utils.output_files import require_output_file
@@ -68,6 +74,7 @@ def parser() -> CommandParser:
         metavar="FILE",
         help="records that the model was trained on, as data.train has them",
     )
+    add_columns_option(add, "--training")
     add(
         "--training-images",
         type=Path,

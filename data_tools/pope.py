@@ -18,6 +18,7 @@ from typing import Final
 from data_tools.rules import POPE_FILES
 from vlm_sft.commands.parser import (
     CommandParser,
+    add_columns_option,
     heavy_imports,
     require_file,
     require_folder,
@@ -86,6 +87,7 @@ def parser() -> CommandParser:
         metavar="FILE",
         help="records that the model was trained on; their images are not asked about",
     )
+    add_columns_option(add, "--training")
     add("--training-images", metavar="DIR", help="their image_root (default: each file's folder)")
     add("--seed", type=whole_number(0), default=0, metavar="N", help="seed (default: 0)")
     add("--overwrite", action="store_true", help="replace edited files in --out")

@@ -14,6 +14,7 @@ from typing import Final
 
 from vlm_sft.commands.parser import (
     CommandParser,
+    add_columns_option,
     heavy_imports,
     number,
     require_file,
@@ -26,6 +27,8 @@ from vlm_sft.errors import UserError
 EXAMPLES: Final = """examples:
   vlm-sft data split --records mine.json --images images --out split --held-out 0.05
   vlm-sft data split --records photos/captions.csv --images photos --out split --held-out 0.1
+  vlm-sft data split --records table.csv --columns image=file,question=q,answer=a \\
+      --images photos --out split --held-out 0.1
   vlm-sft data split --records a.json b.jsonl --images images --out split --held-out 500 --seed 1
 """
 
@@ -41,6 +44,8 @@ def main(argv: Sequence[str]) -> int:
     with heavy_imports():
         from data_tools.rules.split import write_split
         from vlm_sft.commands.inputs import require_records
+        from vlm_sft.config.schema import ColumnNames
+    arguments.columns = ColumnNames.of_option(arguments.columns)
     for path in arguments.records:
         require_records("--records", path)
     write_split(arguments)
@@ -58,6 +63,7 @@ def parser() -> CommandParser:
         metavar="PATH",
         help="files or folders that training reads, or hf://datasets/OWNER/NAME",
     )
+    add_columns_option(add, "--records")
     answers = "VQA: the file with the answers to the questions of --records"
     add("--annotations", type=Path, metavar="FILE", help=answers)
     name = "VQA: name of the image of an image_id, e.g. {image_id}.jpg"

@@ -13,7 +13,7 @@ import numpy as np
 from data_tools.digests import file_digest
 from data_tools.instruct.clean.same_images import hash_image
 from data_tools.instruct.contamination import coco_id
-from vlm_sft.config.schema import DataFile
+from vlm_sft.config.schema import ColumnNames, DataFile
 from vlm_sft.data.conversation import Conversation
 from vlm_sft.data.records import open_records
 from vlm_sft.errors import RecordError, UserError
@@ -72,10 +72,23 @@ class TrainedImages:
         }
 
 
-def given_records(files: Iterable[str | Path], image_root: str | Path | None) -> TrainingRecords:
-    """Return the files of --training, whose records all count."""
-    root = None if image_root is None else str(image_root)
-    found = [DataFile(path=str(path), image_root=root) for path in files]
+def given_records(
+    files: Iterable[str | Path],
+    image_root: str | Path | None,
+    columns: Mapping[str, str] | None = None,
+) -> TrainingRecords:
+    """Return the files of --training, whose records all count.
+
+    Args:
+        files: The files.
+        image_root: --training-images.
+        columns: --columns.
+
+    Raises:
+        UserError: A part of `columns` is none that a table can have.
+    """
+    root, names = None if image_root is None else str(image_root), ColumnNames.of_option(columns)
+    found = [DataFile(path=str(path), image_root=root, columns=names) for path in files]
     return TrainingRecords(found, "--training")
 
 

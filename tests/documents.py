@@ -160,7 +160,8 @@ def prepare(folder: Path, runs: Mapping[str, Path]) -> None:
     for name in ("configs", "scripts"):
         (folder / name).symlink_to(ROOT / name)
     shutil.copytree(ROOT / "configs/tiny/data/images", folder / "photos")
-    Image.new("RGB", (48, 48), (200, 60, 60)).save(folder / "dog.jpg")
+    for place in (folder, folder / "photos"):
+        Image.new("RGB", (48, 48), (200, 60, 60)).save(place / "dog.jpg")
     names = [f"{color}-{shape}" for color in ("red", "blue") for shape in ("circle", "square")]
     records = [
         {

@@ -4,7 +4,13 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from vlm_sft.commands.parser import CommandParser, heavy_imports, number, whole_number
+from vlm_sft.commands.parser import (
+    CommandParser,
+    add_columns_option,
+    heavy_imports,
+    number,
+    whole_number,
+)
 from vlm_sft.commands.run_command import run_command
 from vlm_sft.errors import UserError
 from vlm_sft.planning.gpus import GPUS, require_known
@@ -62,14 +68,7 @@ def parser() -> CommandParser:
     add("--data", metavar="PATH", help="records of stage 2: questions and answers")
     add("--captions", metavar="PATH", help="captions for stage 1 (default: --data)")
     add("--eval", metavar="PATH", help="held-out records, for the validation loss and the suite")
-    add(
-        "--columns",
-        type=_columns,
-        default={},
-        metavar="PART=COLUMN,...",
-        help="columns of a table (--data, --eval) whose names are not recognized: "
-        "image=file,question=q,answer=a",
-    )
+    add_columns_option(add, "--data, --eval")
     add("--images", metavar="DIR", help="folder of relative image names (default: each file's)")
     add(
         "--task",
@@ -125,14 +124,6 @@ def _copy_examples(arguments: argparse.Namespace) -> int:
     from vlm_sft.commands.examples import copy_examples
 
     return copy_examples(Path("configs"))
-
-
-def _columns(text: str) -> dict[str, str]:
-    """Read `PART=COLUMN,...` into columns by part; the configuration checks the parts."""
-    pairs = [pair.partition("=") for pair in text.split(",")]
-    if not all(part.strip() and column.strip() for part, _, column in pairs):
-        raise argparse.ArgumentTypeError("expected PART=COLUMN,..., e.g. image=file,text=caption")
-    return {part.strip(): column.strip() for part, _, column in pairs}
 
 
 def _require_fitting(arguments: argparse.Namespace) -> None:

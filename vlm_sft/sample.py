@@ -15,6 +15,7 @@ from vlm_sft.commands.parser import (
     CHECKPOINT_HELP,
     CommandParser,
     add_base_option,
+    add_columns_option,
     add_template_option,
     heavy_imports,
     number,
@@ -128,6 +129,7 @@ def parser() -> CommandParser:
     add("--answers", type=Path, metavar="FILE", help=answers)
     name = "VQA: name of the image of an image_id, e.g. {image_id}.jpg"
     add("--image-name", metavar="TEXT", help=name)
+    add_columns_option(add, "--data")
     links = "allow symbolic links that leave --images"
     add("--follow-symlinks", action="store_true", help=links)
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1, ...; default: cuda if available")

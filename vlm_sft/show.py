@@ -9,12 +9,13 @@ from typing import get_args
 from vlm_sft.commands.parser import (
     RUN_SETTINGS,
     CommandParser,
+    add_columns_option,
     add_overrides,
     heavy_imports,
     whole_number,
 )
 from vlm_sft.commands.run_command import run_command
-from vlm_sft.config.schema import DataFile, DataFormat, RunConfig
+from vlm_sft.config.schema import ColumnNames, DataFile, DataFormat, RunConfig
 from vlm_sft.errors import UserError
 from vlm_sft.errors.codes import CODES
 from vlm_sft.inspection.limits import LLAVA_IMAGE_TOKENS, MAX_ON_PAGE, MAX_PRINTED
@@ -65,6 +66,7 @@ def main(argv: Sequence[str]) -> int:
             raise UserError(f"--eval: {arguments.config} has no files in data.eval")
     else:
         inputs.require_records("--records", arguments.records)
+        arguments.columns = ColumnNames.of_option(arguments.columns)
         inputs.require_model_name("--tokenizer", arguments.tokenizer)
         inputs.require_template("--template", arguments.template or "auto")
     if arguments.html is not None:
@@ -107,6 +109,7 @@ def _add_input_options(parser: CommandParser) -> None:
         choices=get_args(DataFormat),
         help="format of --records (default: auto)",
     )
+    add_columns_option(add, "--records")
     add("--image-root", metavar="DIR", help="folder of relative image names")
     add(
         "--follow-symlinks",
@@ -222,7 +225,16 @@ def _require_page(arguments: argparse.Namespace, config: RunConfig | None) -> Pa
 
 def _refuse_together(arguments: argparse.Namespace) -> None:
     """Refuse options for settings that the configuration already has."""
-    names = ("records", "format", "image_root", "tokenizer", "template", "system", "llava_quirks")
+    names = (
+        "records",
+        "format",
+        "columns",
+        "image_root",
+        "tokenizer",
+        "template",
+        "system",
+        "llava_quirks",
+    )
     for name in (*names, "max_length", "length_policy"):
         if getattr(arguments, name) is not None:
             option = name.replace("_", "-")

@@ -8,7 +8,7 @@ from pydantic import Field, field_validator, model_validator
 from data_tools.instruct.config import GuardConfig
 from vlm_sft.config.fields import NonEmptyText
 from vlm_sft.config.loading import Section
-from vlm_sft.config.schema import DataFormat
+from vlm_sft.config.schema import ColumnNames, DataFormat
 
 CANNOT_TELL: Final = (
     r"\b(?:can ?not|can['’]t|could ?n[o'’]t|unable to|(?:im|not )possible to|no way to|hard to) "
@@ -36,6 +36,8 @@ class SourceConfig(Section):
     format: DataFormat = "auto"
     """Format of the records or of the file, as in a training configuration. `auto` recognizes
     it."""
+    columns: ColumnNames = ColumnNames()
+    """Columns of a table that are not recognized by their names."""
     image_root: NonEmptyText | None = None
     """Directory that the image names start from. Null: the directory of the file."""
     weight: Annotated[float, Field(gt=0, le=1e15, allow_inf_nan=False)] | None = None

@@ -83,7 +83,12 @@ class Source:
 
 def data_file(source: SourceConfig) -> DataFile:
     """Return the source as the trainer's configuration has it."""
-    return DataFile(path=source.path, format=source.format, image_root=source.image_root)
+    return DataFile(
+        path=source.path,
+        format=source.format,
+        columns=source.columns,
+        image_root=source.image_root,
+    )
 
 
 def read_sources(config: MixConfig) -> list[Source]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from vlm_sft.commands.parser import (
     CommandParser,
+    add_columns_option,
     heavy_imports,
     number,
     require_file,
@@ -97,6 +98,7 @@ def parser() -> CommandParser:
     add = parser.add_argument
     add("run", metavar="DIR", nargs="?", type=Path, help="folder of a run of `vlm-sft data`")
     add("--records", type=Path, metavar="FILE", help="records in any format that training reads")
+    add_columns_option(add, "--records")
     add("--image-root", type=Path, metavar="DIR", help="where the image names start from")
     follow = "allow symbolic links that leave --image-root"
     add("--follow-symlinks", action="store_true", help=follow)
@@ -171,12 +173,13 @@ def _out(arguments: Any) -> Path:
 
 def _source(arguments: Any) -> "Source":
     from data_tools.review.sources import RecordFile, RunSamples
-    from vlm_sft.config.schema import DataFile
+    from vlm_sft.config.schema import ColumnNames, DataFile
 
     if arguments.records is None:
         return RunSamples(arguments.run, arguments.image_root)
     file = DataFile(
         path=str(arguments.records),
+        columns=ColumnNames.of_option(arguments.columns),
         image_root=None if arguments.image_root is None else str(arguments.image_root),
         follow_symlinks=arguments.follow_symlinks,
     )

@@ -35,7 +35,7 @@ def report_overlap(arguments: argparse.Namespace) -> None:
             code="no_records",
         )
     files: dict[Key, Path] = {name: path for name, path in existing.items()}
-    training = [given_records(arguments.training, arguments.training_images)]
+    training = [given_records(arguments.training, arguments.training_images, arguments.columns)]
     training += map(used_records, arguments.run)
     seen = trained_images(files, training)
     summary: dict[str, Any] = {

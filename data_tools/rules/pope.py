@@ -44,7 +44,7 @@ def write_questions(arguments: argparse.Namespace) -> None:
     candidates = [image for image in usable if len(image.categories) >= least]
     seen = trained_images(
         {image.id: images_dir / image.file_name for image in candidates},
-        [given_records(arguments.training, arguments.training_images)],
+        [given_records(arguments.training, arguments.training_images, arguments.columns)],
     )
     allowed = [image for image in candidates if image.id not in seen.images]
     drawn = sorted(allowed, key=lambda image: hashed(seed, "image", image.id))[: arguments.count]

@@ -134,7 +134,12 @@ def _data_file(path: str, arguments: argparse.Namespace) -> DataFile:
         UserError: Its images are not in `--images`, but inside shards.
     """
     annotations = None if arguments.annotations is None else str(arguments.annotations)
-    file = DataFile(path=path, annotations=annotations, image_name=arguments.image_name)
+    file = DataFile(
+        path=path,
+        annotations=annotations,
+        image_name=arguments.image_name,
+        columns=arguments.columns,
+    )
     # Shards refuse an image_root; of an imagefolder it would say that no image is in the folder.
     if os.path.realpath(file.images_start_in()) == os.path.realpath(arguments.images):
         return file

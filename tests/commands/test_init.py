@@ -10,8 +10,11 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaFo
 
 from vlm_sft import init
 from vlm_sft.commands import init as work
+from vlm_sft.commands.init_files import _steps_between
 from vlm_sft.config.method import training_method
 from vlm_sft.config.schema import RunConfig, load_config
+from vlm_sft.data.conversation import Conversation
+from vlm_sft.data.records import read_records
 from vlm_sft.errors import UserError
 from vlm_sft.evaluation.suites.config import load_suite
 from vlm_sft.evaluation.suites.tasks import read_task
@@ -86,6 +89,35 @@ def test_long_answers_are_scored_as_descriptions_and_every_question_is_asked(fol
     assert (answer.kind, describe.kind) == ("gqa", "caption")
     asked = [[q.prompt for q in read_task(t, seed=0).questions] for t in (answer, describe)]
     assert asked == [["Name it."], ["What is there?"]]
+
+
+def test_captions_are_asked_for_with_the_same_words_in_stage_2_and_in_the_suite(folder, tmp_path):
+    said = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "A red circle."}]
+    bare = {"id": "a", "image": "images/red-circle-0.png", "conversations": said}
+    (folder / "bare.json").write_text(json.dumps([bare]))
+    captions, eval_file = str(folder / "captions.csv"), str(folder / "bare.json")
+    configs = run(folder, tmp_path / "my", "--data", captions, "--eval", eval_file)
+    (task,) = load_suite(tmp_path / "my" / "suite.yaml").tasks
+    (question, *_) = read_task(task, seed=0).questions
+    assert question.prompt == "Describe the image."
+    data = configs["stage2"].data
+    for file in (*data.train, *data.eval):
+        (first, *_) = read_records(file)
+        assert isinstance(first, Conversation) and first.turns[0].text == question.prompt
+    assert configs["stage1"].data.template == "plain"  # which drops questions
+
+
+@pytest.mark.parametrize(
+    ("steps", "between"), [(3, 10), (24, 10), (240, 20), (1500, 100), (5_000, 500), (90_000, 500)]
+)
+def test_a_run_is_saved_about_ten_times(steps: int, between: int) -> None:
+    assert _steps_between(steps) == between
+
+
+def test_a_short_run_is_saved_and_evaluated_before_it_ends(folder, tmp_path):
+    eval_file = str(folder / "instructions.csv")
+    stage2 = run(folder, tmp_path / "my", "--eval", eval_file)["stage2"]
+    assert (stage2.train.save_every_steps, stage2.train.eval_every_steps) == (10, 10)
 
 
 def test_names_and_the_folder_are_checked_before_any_record_is_read(folder, tmp_path, monkeypatch):

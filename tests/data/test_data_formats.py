@@ -130,6 +130,26 @@ def test_captions_take_the_configured_prompt_as_their_question(tmp_path):
     assert content(record) == asked("Describe it.", "A cat.", tmp_path / "a.png")
 
 
+def test_records_of_any_format_without_a_question_take_the_configured_prompt(tmp_path):
+    def llava(*turns):
+        said = [{"from": who, "value": text} for who, text in turns]
+        return {"id": "a", "image": "a.png", "conversations": said}
+
+    parts = [{"type": "image", "image": "a.png"}]
+    caption = [{"role": "user", "content": parts}, {"role": "assistant", "content": "A cat."}]
+    records = [
+        llava(("human", "<image>\n"), ("gpt", "A cat.")),
+        {"id": "b", "messages": caption},
+        llava(("human", "<image>\nWhat?"), ("gpt", "A cat.")),
+    ]
+    path = write(tmp_path / "a.json", json.dumps(records))
+    found = good(path, caption_prompt="Describe it.")
+    expected = [asked(q, "A cat.", tmp_path / "a.png") for q in ("Describe it.",) * 2]
+    assert [content(record) for record in found[:2]] == expected
+    assert found[2].turns[0].text == "\nWhat?"
+    assert [record.turns[0].text for record in good(path)] == ["\n", "", "\nWhat?"]
+
+
 # --- columns
 
 

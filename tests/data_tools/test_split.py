@@ -176,3 +176,18 @@ def test_tables_captions_questions_and_shards_are_divided_into_records(
     names = [str(out / "train.json"), str(out / "held_out.json")]
     parts = [DataFile(path=name, image_root=str(root)) for name in names]
     assert sorted(said(parts[0]) + said(parts[1])) == said(file)
+
+
+def test_a_table_with_other_columns_is_split_by_their_names(tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    tables(photos)
+    table, rows = photos / "own.csv", (photos / "rows.csv").read_text().split("\n", 1)[1]
+    table.write_text(f"file,q,a\n{rows}")
+    with pytest.raises(UserError, match="no column for text"):
+        split(table, photos, tmp_path / "out")
+    columns = ["--columns", "image=file,question=q,answer=a"]
+    train, held_out = split(table, photos, tmp_path / "out", *columns)
+    assert len(train) + len(held_out) == 6 and held_out
+    for wrong, message in (("file", "expected PART=COLUMN"), ("photo=file", "photo is no part")):
+        with pytest.raises(UserError, match=message):
+            split(table, photos, tmp_path / "out", "--columns", wrong)

@@ -15,7 +15,7 @@ from vlm_sft.train.compile import require_compiler
 from vlm_sft.train.distributed import require_precision
 from vlm_sft.train.environment import require_environment
 from vlm_sft.train.fsdp import choose_sharding
-from vlm_sft.train.trackers import require_trackers
+from vlm_sft.utils.libraries import require_trackers
 
 
 def run_device() -> torch.device:

@@ -3,6 +3,7 @@
 import argparse
 import itertools
 import json
+import math
 import os
 import statistics
 import sys
@@ -85,6 +86,7 @@ class Head:
         words: Median number of words of their answers.
         characters: Characters of the longest.
         are_captions: Whether no record has a question.
+        has_captions: Whether a record has no question.
     """
 
     count: int
@@ -92,6 +94,7 @@ class Head:
     words: float
     characters: int
     are_captions: bool
+    has_captions: bool
 
 
 def run(arguments: argparse.Namespace, ask: Callable[[str], str] = input) -> int:
@@ -114,7 +117,10 @@ def run(arguments: argparse.Namespace, ask: Callable[[str], str] = input) -> int
     head = _read_head(_data_file(arguments, arguments.data, arguments.columns))
     device = _device(arguments)
     _ask_for_models(arguments, device, ask if asks else None)
-    project = _project(arguments, head, device)
+    held_out = head
+    if arguments.eval is not None:
+        held_out = _read_head(_data_file(arguments, arguments.eval, arguments.columns))
+    project = _project(arguments, head, held_out, device)
     stage2 = _plan_stage2(arguments, project, head, device)
     files = {"stage2.yaml": stage2_file(project, stage2)}
     if project.has_stage1:
@@ -140,7 +146,7 @@ def run(arguments: argparse.Namespace, ask: Callable[[str], str] = input) -> int
         if stage1 is None:
             raise _too_large(["stage1"], device)
         files["stage1.yaml"] = stage1_file(project, stage1)
-    suite = {task: rows for task, rows in _suite_questions(arguments, head).items() if rows}
+    suite = {task: rows for task, rows in _suite_questions(arguments, held_out).items() if rows}
     for task, rows in suite.items():
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         files[SUITE_FILES[task]] = "".join(lines)
@@ -209,16 +215,8 @@ def _ask_for_models(
 def _data_file(
     arguments: argparse.Namespace, path: str, columns: Mapping[str, str] | None = None
 ) -> DataFile:
-    """Return a file as the configurations will name it.
-
-    Raises:
-        UserError: `columns` has a part that no table has.
-    """
-    parts = list(ColumnNames.model_fields)
-    for part in columns or {}:
-        if part not in parts:
-            raise UserError(f"--columns: {part} is no part; expected one of {', '.join(parts)}")
-    names = ColumnNames.model_validate(columns or {})
+    """Return a file as the configurations will name it."""
+    names = ColumnNames.of_option(columns)
     return DataFile(path=path, image_root=arguments.images, columns=names)
 
 
@@ -241,7 +239,8 @@ def _read_head(file: DataFile) -> Head:
     questions = [turn.text for r in records for turn in r.turns if turn.role == "user"]
     characters = max(sum(len(turn.text) for turn in record.turns) for record in records)
     words = statistics.median(len(answer.split()) for answer in answers)
-    return Head(opened.total, records, words, characters, not any(map(str.strip, questions)))
+    empty = [not question.strip() for question in questions]
+    return Head(opened.total, records, words, characters, all(empty), any(empty))
 
 
 def _device(arguments: argparse.Namespace) -> Device:
@@ -252,7 +251,7 @@ def _device(arguments: argparse.Namespace) -> Device:
     return replace(similar, name=f"GPU with {arguments.gpu_memory:g} GiB", memory=memory)
 
 
-def _project(arguments: argparse.Namespace, head: Head, device: Device) -> Project:
+def _project(arguments: argparse.Namespace, head: Head, held_out: Head, device: Device) -> Project:
     template = arguments.template or ("chatml" if arguments.tokenizer == "bytes" else "auto")
     precision = "fp32" if device.is_cpu else "fp16" if device.name == "t4" else "bf16"
     return Project(
@@ -260,7 +259,7 @@ def _project(arguments: argparse.Namespace, head: Head, device: Device) -> Proje
         data=arguments.data,
         captions=arguments.captions,
         eval=arguments.eval,
-        columns=arguments.columns,
+        columns=arguments.columns or {},
         images=arguments.images,
         tower=arguments.tower,
         tower_is_timm=_is_timm(arguments.tower),
@@ -272,6 +271,11 @@ def _project(arguments: argparse.Namespace, head: Head, device: Device) -> Proje
         start_from=arguments.start_from,
         precision=precision,
         data_are_captions=head.are_captions,
+        prompted=frozenset(
+            path
+            for path, of_file in ((arguments.data, head), (arguments.eval, held_out))
+            if path is not None and of_file.has_captions
+        ),
         device=device.name,
         gpus=arguments.gpus,
         suite_images=str(_data_file(arguments, arguments.eval or arguments.data).images_start_in()),
@@ -329,7 +333,8 @@ def _plan(
     epochs = 1 if head.count >= 50_000 else 3
     most = 256 if method == "stage1" else 128
     batch = min(most, max(8, 2 ** int(head.count * epochs / 100).bit_length() // 2))
-    start = Chosen(method, "auto", 1, batch, epochs, LENGTHS[0], quantized)
+    steps = max(1, math.ceil(head.count * epochs / batch))
+    start = Chosen(method, "auto", 1, batch, epochs, LENGTHS[0], steps, quantized)
     config = resolve(_config(write(project, start)), download=False)
     estimator = Estimator(config, device, gpus=arguments.gpus, efficiency=ASSUMED_EFFICIENCY)
     records = _data_stats(arguments, config, estimator, head)
@@ -391,15 +396,14 @@ def _data_stats(
 
 
 def _suite_questions(
-    arguments: argparse.Namespace, head: Head
+    arguments: argparse.Namespace, held_out: Head
 ) -> dict[SuiteTask, list[dict[str, Any]]]:
     """Return the suite's questions by task: all questions of some records, evenly chosen."""
     file = _data_file(arguments, arguments.eval or arguments.data, arguments.columns)
-    records = head.records if arguments.eval is None else _read_head(file).records
     root = os.path.abspath(file.images_start_in())
     asked: list[tuple[Conversation, Turn, Turn]] = [
         (record, question, answer)
-        for record in records
+        for record in held_out.records
         if len(record.images) == 1 and not isinstance(record.images[0], bytes)
         for question, answer in itertools.pairwise(record.turns)
         if (question.role, answer.role) == ("user", "assistant")

@@ -9,6 +9,9 @@ from typing import Final, Literal
 from vlm_sft.config.method import Method
 from vlm_sft.planning.report import METHOD_NAMES
 
+CAPTION_PROMPT: Final = "Describe the image."
+"""What stage 2 and the suite ask about an image whose record has no question."""
+
 SuiteTask = Literal["answer", "describe"]
 """What a suite measures: short answers, or descriptions."""
 
@@ -34,6 +37,7 @@ class Project:
         start_from: Checkpoint of an earlier full fine-tuning.
         precision: `train.precision`.
         data_are_captions: Whether the records of `data` have no questions.
+        prompted: Files of stage 2 with records that get their question from `caption_prompt`.
         device: Name of the device.
         gpus: Number of devices.
         suite_images: Folder of the images of the suite.
@@ -55,6 +59,7 @@ class Project:
     start_from: str | None
     precision: str
     data_are_captions: bool
+    prompted: frozenset[str]
     device: str
     gpus: int
     suite_images: str
@@ -86,6 +91,7 @@ class Chosen:
         global_batch_size: Records of a step.
         epochs: Passes over the data.
         max_length: Longest record in tokens.
+        steps: Optimizer steps of the run, about.
         quantized: Whether the frozen weights of the language model are in 4 bits.
         memory: Planned memory in GiB.
         notes: Sentences about the plan.
@@ -97,6 +103,7 @@ class Chosen:
     global_batch_size: int
     epochs: int
     max_length: int
+    steps: int
     quantized: bool = False
     memory: float = 0.0
     notes: tuple[str, ...] = ()
@@ -163,7 +170,7 @@ lora:
 """
     validation = ""
     if project.eval is not None:
-        validation = f"  eval:\n{_file(project.eval, project)}\n"
+        validation = f"  eval:\n{_file(project.eval, project, stage2=True)}\n"
     train = (
         "the projector and the language model" if method == "full" else "the projector and adapters"
     )
@@ -182,7 +189,7 @@ seed: 42
 {_model(project, quantized=chosen.quantized)}
 {"" if method == "full" else lora}data:
   train:
-{_file(project.data, project)}
+{_file(project.data, project, stage2=True)}
 {validation}  template: {_text(project.template)}   # auto: the tokenizer's own chat template
 {_data(project, chosen)}
 optim:
@@ -233,7 +240,7 @@ _SCORED: Final[Mapping[SuiteTask, tuple[str, str, str]]] = {
     "describe": (
         "caption",
         "long answers: CIDEr-D, BLEU and ROUGE-L against the record's (docs/scoring.md)",
-        "    prompt: Describe the image.   # for records without a question\n    max_tokens: 256\n",
+        f"    prompt: {CAPTION_PROMPT}   # for records without a question\n    max_tokens: 256\n",
     ),
 }  # fmt: skip
 
@@ -259,13 +266,15 @@ def _text(value: str) -> str:
     )
 
 
-def _file(path: str, project: Project) -> str:
+def _file(path: str, project: Project, *, stage2: bool = False) -> str:
     lines = f"    - path: {_text(path)}"
     if project.images is not None:
         lines += f"\n      image_root: {_text(project.images)}   # relative image names start here"
     if project.columns and path != project.captions:
         columns = ", ".join(f"{part}: {_text(name)}" for part, name in project.columns.items())
         lines += f"\n      columns: {{{columns}}}"
+    if stage2 and path in project.prompted:
+        lines += f"\n      caption_prompt: {CAPTION_PROMPT}   # for records without a question"
     return lines
 
 
@@ -315,8 +324,14 @@ def _optim() -> str:
 """
 
 
+def _steps_between(steps: int) -> int:
+    """Return after how many of a run's steps it saves: about a tenth of them, in round numbers."""
+    return max((n for n in (10, 20, 50, 100, 200, 500) if n <= steps / 10), default=10)
+
+
 def _train(project: Project, chosen: Chosen) -> str:
-    every = 200 if project.eval is not None and chosen.method != "stage1" else "null"
+    saves = _steps_between(chosen.steps)
+    every = saves if project.eval is not None and chosen.method != "stage1" else "null"
     return f"""\
 train:
   epochs: {chosen.epochs}
@@ -324,7 +339,7 @@ train:
   micro_batch_size: {chosen.micro_batch_size}       # of them at once, for memory and speed only
   precision: {project.precision}
   activation_checkpointing: {chosen.policy}   # recompute to save memory: none, selective or full
-  save_every_steps: 200
+  save_every_steps: {saves}       # of about {chosen.steps}
   keep_last_checkpoints: 2
   eval_every_steps: {every}
   eval_samples: 3

@@ -18,11 +18,12 @@ from vlm_sft.config.schema import (
     load_stored_config,
     means_folder,
 )
-from vlm_sft.data.records import open_raw_records
+from vlm_sft.data.records import open_raw_records, require_columns
 from vlm_sft.data.template_names import builtin_templates
 from vlm_sft.errors import ConfigError, ImageError, TemplateError, UserError
+from vlm_sft.utils.libraries import require_extra, require_trackers
 
-Part = Literal["tokenizer", "model", "projector", "train", "eval"]
+Part = Literal["tokenizer", "model", "projector", "train", "eval", "packages"]
 ALL_PARTS: Final = frozenset[Part](get_args(Part))
 
 _LANGUAGE = "model.language_model"
@@ -101,6 +102,8 @@ def _is_finished(config: RunConfig) -> bool:
 
 
 def _require_places(config: RunConfig, parts: Set[Part]) -> None:
+    if "packages" in parts:
+        _require_packages(config)
     language = config.model.language_model
     if "tokenizer" in parts:
         key = "name" if language.tokenizer is None else "tokenizer"
@@ -120,6 +123,14 @@ def _require_places(config: RunConfig, parts: Set[Part]) -> None:
         require_checkpoint(Path(config.start_from), "start_from: ")
 
 
+def _require_packages(config: RunConfig) -> None:
+    require_trackers(config.train.trackers)
+    if config.optim.optimizer == "adamw_8bit":
+        require_extra("bitsandbytes", "optim.optimizer: adamw_8bit")
+    if config.model.language_model.quantization is not None:
+        require_extra("bitsandbytes", "model.language_model.quantization")
+
+
 def _require_tower(tower: VisionTowerConfig) -> None:
     if tower.name is not None and tower.library == "transformers":
         require_model_name(f"{_TOWER}.name", tower.name)
@@ -133,6 +144,7 @@ def _require_tower(tower: VisionTowerConfig) -> None:
 def _require_data(file: DataFile) -> None:
     if not is_hub_address(file.path) and not Path(file.path).exists():
         open_raw_records(Path(file.path))  # raises its own sentence
+    require_columns(file)
     if file.annotations is not None:
         require_records("annotations", file.annotations)
 

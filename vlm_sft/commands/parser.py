@@ -340,6 +340,29 @@ CHECKPOINT_HELP: Final = (
 )
 
 
+def add_columns_option(add: Callable[..., Any], of: str) -> None:
+    """Add --columns, which `ColumnNames.of_option` checks.
+
+    Args:
+        add: `add_argument` of a parser or of a group.
+        of: The options whose tables it describes.
+    """
+    add(
+        "--columns",
+        type=_table_columns,
+        metavar="PART=COLUMN,...",
+        help=f"columns of a table ({of}) whose names are not recognized: "
+        "image=file,question=q,answer=a",
+    )
+
+
+def _table_columns(text: str) -> dict[str, str]:
+    pairs = [pair.partition("=") for pair in text.split(",")]
+    if not all(part.strip() and column.strip() for part, _, column in pairs):
+        raise argparse.ArgumentTypeError("expected PART=COLUMN,..., e.g. image=file,text=caption")
+    return {part.strip(): column.strip() for part, _, column in pairs}
+
+
 def add_template_option(parser: argparse.ArgumentParser) -> None:
     """Add `--template`, for commands that load finished models; see `load_checkpoint`."""
     parser.add_argument(

@@ -26,7 +26,7 @@ from vlm_sft.best_of.questions import (
 )
 from vlm_sft.best_of.sample_lines import SAMPLES, Sample
 from vlm_sft.checkpoint.base_models import parse_bases
-from vlm_sft.config.schema import DataFile
+from vlm_sft.config.schema import ColumnNames, DataFile
 from vlm_sft.data.preferences import PreferencePair, trl_row
 from vlm_sft.data.record_writer import as_messages
 from vlm_sft.evaluation.judges.asking import JudgeOptions
@@ -68,6 +68,7 @@ def run(
         path=arguments.data,
         annotations=None if arguments.answers is None else str(arguments.answers),
         image_name=arguments.image_name,
+        columns=ColumnNames.of_option(arguments.columns),
         image_root=None if arguments.images is None else str(arguments.images),
         follow_symlinks=arguments.follow_symlinks,
     )

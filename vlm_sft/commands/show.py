@@ -176,6 +176,7 @@ def _from_records(args: argparse.Namespace) -> Inspection:
     file = DataFile(
         path=args.records,
         format=args.format or "auto",
+        columns=args.columns,
         image_root=args.image_root,
         follow_symlinks=args.follow_symlinks,
     )

@@ -47,14 +47,13 @@ from vlm_sft.train.fsdp import choose_sharding, shard
 from vlm_sft.train.run_history import RunHistory
 from vlm_sft.train.setup import build_trainer, load_model
 from vlm_sft.train.trackers import (
-    require_trackers,
     require_tracking_folder,
     start_trackers,
     tracking_folder,
 )
 from vlm_sft.train.trainer import RunResult
 from vlm_sft.utils.atomic_files import write_json
-from vlm_sft.utils.libraries import one_line
+from vlm_sft.utils.libraries import one_line, require_trackers
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -266,6 +266,20 @@ class ColumnNames(Section):
     messages: Forbidden[NonEmptyText | None] = None
     """Turns in LLaVA's or the messages format, in a CSV file as JSON."""
 
+    @classmethod
+    def of_option(cls, columns: Mapping[str, str] | None) -> Self:
+        """Return the columns that the option --columns names; None if it was not given.
+
+        Raises:
+            ConfigError: A part is none that a table can have.
+        """
+        parts = list(cls.model_fields)
+        for part in columns or {}:
+            if part not in parts:
+                expected = ", ".join(parts)
+                raise ConfigError(f"--columns: {part} is no part; expected one of {expected}")
+        return cls.model_validate(columns or {})
+
 
 class DataFile(Section):
     """A file or directory of records; `docs/data-formats.md` shows every format."""
@@ -283,7 +297,8 @@ class DataFile(Section):
     WebDataset's layout). `auto` recognizes it."""
     columns: ColumnNames = ColumnNames()
     caption_prompt: Forbidden[NonEmptyText | None] = None
-    """Question about the image for rows that have a caption only. Null: the image alone."""
+    """Question about the image for records that have none, such as captions. Null: the image
+    alone."""
     annotations: Explicit[NonEmptyText | None] = None
     """File with the answers to the questions of `path` (`vqa`). Null: they are in `path`."""
     image_name: Forbidden[NonEmptyText | None] = None

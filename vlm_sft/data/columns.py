@@ -157,7 +157,7 @@ def _log_columns(where: str, columns: Columns, lost: frozenset[str], unused: Seq
     Rows without a header can each have other keys. They are logged again only if they differ in
     the columns that are taken, or in recognized ones that are not (`lost`).
     """
-    if (where, columns, lost) not in _LOGGED:
+    if (where, columns, lost) not in _LOGGED and logger.isEnabledFor(logging.INFO):
         _LOGGED.add((where, columns, lost))
         taken = ", ".join(f"{part} = {column!r}" for part, column in columns.used().items())
         rest = f"; not used: {_quoted(unused)}" if unused else ""
@@ -170,7 +170,6 @@ def _log_columns(where: str, columns: Columns, lost: frozenset[str], unused: Seq
 def rows_to_records(
     rows: Iterator[RawRecord | RecordError],
     columns_of: Callable[[RawRecord], Columns | None],
-    caption_prompt: str | None,
     *,
     refuse_repeated: bool = False,
 ) -> Iterator[RawRecord | RecordError]:
@@ -180,7 +179,6 @@ def rows_to_records(
         rows: Rows by column name.
         columns_of: Returns the columns of a row; None for a record that is no row, which is
             yielded as it is. Raises RecordError if the row's columns cannot be found.
-        caption_prompt: Question about the image of a caption; None: the image alone.
         refuse_repeated: Whether a row that repeats an earlier one is an error.
     """
     seen: dict[bytes, str] = {}
@@ -189,7 +187,7 @@ def rows_to_records(
             if isinstance(raw, RecordError):
                 raise raw
             columns = columns_of(raw)
-            record = raw.value if columns is None else _record(raw, columns, caption_prompt)
+            record = raw.value if columns is None else _record(raw, columns)
             if refuse_repeated and columns is not None:
                 _refuse_repeated(raw, columns, seen)
         except RecordError as error:
@@ -198,7 +196,7 @@ def rows_to_records(
         yield replace(raw, value=record)
 
 
-def _record(raw: RawRecord, columns: Columns, caption_prompt: str | None) -> dict[str, Any]:
+def _record(raw: RawRecord, columns: Columns) -> dict[str, Any]:
     row = raw.value
     if not isinstance(row, Mapping):
         raise raw.error("format", f"expected a row of named columns, found {row!r}"[:200])
@@ -220,7 +218,7 @@ def _record(raw: RawRecord, columns: Columns, caption_prompt: str | None) -> dic
         record["conversations" if is_llava else "messages"] = turns
         return {**record, "images": images} if images else record
     if columns.text is not None:
-        question, answer = caption_prompt or "", _cell(raw, columns.text)
+        question, answer = "", _cell(raw, columns.text)
     else:
         assert columns.question is not None and columns.answer is not None
         question, answer = _cell(raw, columns.question), _cell(raw, columns.answer)

@@ -13,7 +13,7 @@ from vlm_sft.config.hub_address import is_hub_address
 from vlm_sft.config.schema import DataFile
 from vlm_sft.data.caption_folder import open_caption_folder
 from vlm_sft.data.columns import find_columns, is_image_name, is_table, rows_to_records
-from vlm_sft.data.conversation import Conversation
+from vlm_sft.data.conversation import Conversation, ImagePart, TextPart, Turn
 from vlm_sft.data.csv_files import open_csv
 from vlm_sft.data.record_formats import (
     FORMAT_KEYS,
@@ -78,11 +78,25 @@ def open_records(file: DataFile) -> Records:
                 yield raw
                 continue
             try:
-                yield parse_record(raw, form, image_root, follow_symlinks=file.follow_symlinks)
+                record = parse_record(raw, form, image_root, follow_symlinks=file.follow_symlinks)
             except RecordError as error:
                 yield error
+                continue
+            yield record if file.caption_prompt is None else _asking(record, file.caption_prompt)
 
     return Records(raw_records.total, conversations(), image_root)
+
+
+def _asking(record: Conversation, prompt: str) -> Conversation:
+    """Return a record in which a user turn that is an image alone asks `prompt` about it."""
+
+    def asking(turn: Turn) -> Turn:
+        images = tuple(part for part in turn.parts if isinstance(part, ImagePart))
+        if turn.role != "user" or turn.text.strip() or not images:
+            return turn
+        return replace(turn, parts=(*images, TextPart(prompt)), image_separator=None)
+
+    return replace(record, turns=tuple(map(asking, record.turns)))
 
 
 def read_records(file: DataFile) -> Iterator[Conversation | RecordError]:
@@ -98,6 +112,18 @@ def open_record_values(file: DataFile) -> RawRecords:
     """
     opened = open_raw_records(Path(file.path), file)
     return opened if _form(file) is not None else _without_columns(opened, file)
+
+
+def require_columns(file: DataFile) -> None:
+    """Check that the columns of a table with a header line are found, and read nothing else.
+
+    Raises:
+        UserError: As `open_records`.
+    """
+    path = Path(file.path)
+    is_table = path.suffix.lower() in (".csv", ".tsv") or (path / "metadata.csv").exists()
+    if is_table and not is_hub_address(file.path):
+        open_record_values(file)
 
 
 def _form(file: DataFile) -> Form | None:
@@ -121,7 +147,7 @@ def _without_columns(opened: RawRecords, file: DataFile) -> RawRecords:
         opened.header is not None
         or opened.is_image_folder
         or file.format == "table"
-        or bool(file.caption_prompt or file.columns.model_fields_set)
+        or bool(file.columns.model_fields_set)
     )
 
     def find(header: Sequence[str], row: Mapping[str, Any]) -> Columns | None:
@@ -158,9 +184,7 @@ def _without_columns(opened: RawRecords, file: DataFile) -> RawRecords:
 
     if opened.is_image_folder and file.image_root is None:
         rows = _count_unnamed(Path(file.path), rows)
-    records = rows_to_records(
-        rows, columns_of, file.caption_prompt, refuse_repeated=opened.is_image_folder
-    )
+    records = rows_to_records(rows, columns_of, refuse_repeated=opened.is_image_folder)
     return replace(opened, records=records)
 
 

@@ -1,7 +1,6 @@
 """Experiment trackers (TensorBoard, wandb, trackio, MLflow), started through accelerate."""
 
 import errno
-import importlib.util
 import logging
 import os
 import re
@@ -21,25 +20,10 @@ from vlm_sft.config.schema import RunConfig
 from vlm_sft.errors import UserError, code_of
 from vlm_sft.utils.atomic_files import write_bytes
 from vlm_sft.utils.filesystem import require_writable
-from vlm_sft.utils.libraries import install_command, library_call
+from vlm_sft.utils.libraries import library_call
 from vlm_sft.utils.reading import read_text
 
 logger = logging.getLogger(__name__)
-
-
-def require_trackers(names: Sequence[str]) -> None:
-    """Check that the packages of the trackers are installed.
-
-    Raises:
-        UserError: One is not; the message has the command that installs it.
-    """
-    for name in names:
-        if importlib.util.find_spec(name) is None:
-            extra = "tensorboard" if name == "tensorboard" else "track"
-            raise UserError(
-                f"train.trackers: {name} is not installed; run `{install_command(extra)}`, or take "
-                "it off the list"
-            )
 
 
 def tracking_folder(config: RunConfig) -> Path:

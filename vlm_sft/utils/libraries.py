@@ -1,6 +1,6 @@
 """Turn exceptions of third-party libraries into one sentence about a configuration key."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -13,6 +13,9 @@ _LONGEST: Final = 300
 _EXTRAS: Final = {
     "matplotlib": "plots",
     "tensorboard": "tensorboard",
+    "wandb": "track",
+    "trackio": "track",
+    "mlflow": "track",
     "datasets": "datasets",
     "pandas": "instruct",
     "datasketch": "instruct",
@@ -91,6 +94,20 @@ def require_extra(name: str, needed_for: str) -> None:
             f"{needed_for}: the package {name!r} is not installed; install it with "
             f"`{install_command(_EXTRAS[name])}`"
         )
+
+
+def require_trackers(names: Sequence[str]) -> None:
+    """Check that the packages of `train.trackers` are installed, without importing them.
+
+    Raises:
+        UserError: One is not; the message has the command that installs it.
+    """
+    for name in names:
+        if not is_installed(name):
+            raise UserError(
+                f"train.trackers: {name} is not installed; run `{install_command(_EXTRAS[name])}`, "
+                "or take it off the list"
+            )
 
 
 def is_installed(name: str) -> bool:
