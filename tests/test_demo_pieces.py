@@ -111,3 +111,15 @@ def test_the_encoder_is_converted_and_reloads_with_the_same_output(
         0.5,
         0.5,
     ]
+
+
+def test_reading_gguf_draws_no_bar_of_tqdm(
+    pieces: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import modeling_gguf_pytorch_utils as reader
+
+    with pieces.without_bars():
+        assert list(reader.tqdm([1, 2], desc="Converting")) == [1, 2]
+    assert capsys.readouterr().err == ""
+    list(reader.tqdm([1], desc="Converting"))
+    assert "Converting" in capsys.readouterr().err

@@ -45,6 +45,24 @@ def test_a_loop_of_unknown_length_counts_without_an_estimate(capsys):
     assert capsys.readouterr().err.splitlines()[0] == "reading: 10, 10 s so far"
 
 
+def test_a_slow_first_item_makes_no_estimate(capsys):
+    clock = Clock(0.0)
+
+    def loop():
+        for number in range(500):
+            clock.now += 15 if number == 0 else 0.0625
+            yield number
+
+    list(track(loop(), 500, "comparing", clock=clock))
+    assert capsys.readouterr().err.splitlines() == [
+        "comparing: 1 of 500 (0%), 15 s so far",
+        "comparing: 161 of 500 (32%), 21 s left",
+        "comparing: 321 of 500 (64%), 11 s left",
+        "comparing: 481 of 500 (96%), 1 s left",
+        "comparing: 500 done in 46 s",
+    ]
+
+
 def test_a_terminal_gets_a_bar_only_after_two_seconds(monkeypatch):
     quick, slow = Terminal(), Terminal()
     monkeypatch.setattr(sys, "stderr", quick)

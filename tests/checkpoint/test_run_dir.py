@@ -1,10 +1,12 @@
 """A run writes into a folder of its own and loses nothing that the user put there."""
 
+import json
 import os
 import shutil
 from pathlib import Path
 
 import pytest
+from accelerate import Accelerator
 
 from tests.tiny_runs import TINY, run
 from vlm_sft import check
@@ -18,7 +20,7 @@ from vlm_sft.checkpoint.run_dir import (
 )
 from vlm_sft.config.schema import RunConfig, dump_config, load_config
 from vlm_sft.errors import UserError
-from vlm_sft.train.metrics import MetricsFile
+from vlm_sft.train.metrics import MetricsFile, RunMetrics
 from vlm_sft.utils.atomic_files import write_json
 from vlm_sft.utils.ownership import MARKER, own_directory
 
@@ -228,6 +230,24 @@ def test_rows_of_others_are_kept_although_the_run_starts_again(tmp_path: Path) -
     assert (tmp_path / "metrics.jsonl.kept-1").read_text() == "epoch,loss\n1,2.5"
     MetricsFile(tmp_path / "metrics.jsonl", last_step=0)
     assert sorted(os.listdir(tmp_path)) == ["metrics.jsonl", "metrics.jsonl.kept-1"]
+
+
+def test_steps_of_an_earlier_start_that_no_checkpoint_has_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    accelerator = Accelerator(cpu=True)
+    path = tmp_path / "metrics.jsonl"
+    with caplog.at_level("INFO"):
+        RunMetrics(tmp_path, accelerator, first_step=0, total_steps=9)
+        assert caplog.text == ""
+        path.write_text("".join(json.dumps({"step": step}) + "\n" for step in range(1, 8)))
+        RunMetrics(tmp_path, accelerator, first_step=5, total_steps=9)
+        RunMetrics(tmp_path, accelerator, first_step=0, total_steps=9)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{path}: steps {steps} of an earlier start were not saved in a checkpoint; starting from "
+        f"step {first}"
+        for steps, first in (("6 to 7", 5), ("1 to 5", 0))
+    ]
 
 
 @pytest.mark.parametrize("name", sorted(WRITTEN - {"checkpoints"}))

@@ -11,6 +11,7 @@ from vlm_sft.data import loader
 from vlm_sft.data.batch import LoadError, PaddedCollator
 from vlm_sft.data.dataset import Example
 from vlm_sft.errors import RecordError, UserError
+from vlm_sft.utils import filesystem
 
 
 class BrokenLoader:
@@ -120,3 +121,27 @@ def test_a_record_that_cannot_be_loaded_is_reported_before_the_step_without_it(
     (empty,) = next(loaded)
     assert empty.record_ids == () and empty.num_targets == 0
     assert [error.index for error in errors] == [1, 2]
+
+
+def test_there_are_not_more_workers_than_cores_and_the_log_says_so_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(loader.os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+    monkeypatch.setattr(filesystem, "_warned", set())
+    started = []
+
+    class Loader(BrokenLoader):
+        def __init__(self, *args: object, **options: object) -> None:
+            started.append(options["num_workers"])
+
+        def __iter__(self) -> Iterator[object]:
+            return iter(())
+
+    monkeypatch.setattr(loader, "DataLoader", Loader)
+    collator = PaddedCollator(1, pad_token_id=0)
+    for wanted in (4, 4, 2, 0):
+        list(loader.load_steps(Records(), [[[0]]], collator=collator, num_workers=wanted))
+    assert started == [2, 2, 2, 0]
+    assert capsys.readouterr().err.splitlines() == [
+        "warning: data.num_workers: 4 processes would share 2 CPU cores; starting 2"
+    ]

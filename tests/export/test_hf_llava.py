@@ -1,4 +1,6 @@
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from vlm_sft.config.schema import LoraConfig
 from vlm_sft.data.hf_tokenizer import byte_tokenizer
 from vlm_sft.data.images import to_pixels
 from vlm_sft.errors import UserError
+from vlm_sft.export import hf_llava
 from vlm_sft.export.hf_llava import ExportReport, export_hf_llava
 from vlm_sft.export.verify import Reloaded, reload_here, reload_in_new_process
 from vlm_sft.model.hashing import named_state, tensors_digest
@@ -78,6 +81,27 @@ def test_stock_llava_loads_the_export_and_gives_the_same_logits(
     )
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert stock.config.image_seq_length == model.vision_tower.num_tokens
+
+
+def test_every_phase_of_an_export_says_that_it_runs(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    phases = []
+
+    @contextmanager
+    def noted(description: str) -> Iterator[None]:
+        phases.append(description)
+        yield
+
+    monkeypatch.setattr(hf_llava, "waiting", noted)
+    export(trained_adapters(), tokenizer, tmp_path / "out")
+    assert phases == [
+        "computing the logits of the checkpoint",
+        "merging adapters",
+        "building the exported model",
+        "writing the folder",
+        "loading the folder again, and computing its logits",
+    ]
 
 
 def test_adapters_are_merged_and_the_model_itself_is_left_alone(

@@ -16,6 +16,7 @@ from vlm_sft.data.batch import Batch, Collator, LoadError
 from vlm_sft.data.dataset import Example
 from vlm_sft.data.packing import RecordLengths, prefix_groups
 from vlm_sft.errors import RecordError, UserError
+from vlm_sft.utils.filesystem import warn_once
 
 NOTICE_SECONDS = 5.0
 """How long to wait for torch's notice of a worker's death after the connection to it broke."""
@@ -57,7 +58,8 @@ def load_steps(
         steps: The micro-batches of each step, as lists of record indices; at least one each. Read
             once, just ahead of loading.
         collator: Makes a `Batch` of the examples of a micro-batch.
-        num_workers: Number of worker processes; 0 loads in this process.
+        num_workers: Number of worker processes, at most one for each CPU core; 0 loads in this
+            process.
         on_error: Called with each record that cannot be loaded, before the step without it is
             yielded. None: such a record raises.
 
@@ -67,6 +69,7 @@ def load_steps(
         RuntimeError: A worker died; see `lost_worker_errors`.
     """
     sizes: deque[int] = deque()
+    num_workers = _usable_workers(num_workers)
 
     def micro_batches() -> Iterator[list[int]]:
         for step in steps:
@@ -102,6 +105,17 @@ def load_steps(
         # error from its signal handler, which runs while this thread sleeps.
         time.sleep(NOTICE_SECONDS)
         raise
+
+
+def _usable_workers(wanted: int) -> int:
+    """Return at most as many workers as this process has CPU cores; say so once if that is less."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity is not None else os.cpu_count() or 1
+    if wanted > cores:
+        warn_once(
+            f"data.num_workers: {wanted} processes would share {cores} CPU cores; starting {cores}"
+        )
+    return min(wanted, cores)
 
 
 def _leave_process_group(_: int) -> None:

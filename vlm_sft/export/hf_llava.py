@@ -43,6 +43,7 @@ from vlm_sft.model.vlm import VisionLanguageModel
 from vlm_sft.utils.constants import IMAGE_PLACEHOLDER, IMAGE_TOKEN_ID, MAX_SHARD_SIZE
 from vlm_sft.utils.filesystem import naming
 from vlm_sft.utils.ownership import require_new_directory
+from vlm_sft.utils.progress import waiting
 
 
 @dataclass(frozen=True)
@@ -165,26 +166,30 @@ def write_hf_llava(
         UserError: The stock classes cannot hold the model, or the reloaded model differs.
     """
     compared = noise_sample(model) if sample is None else Sample(*sample)
-    expected = sample_logits(model, compared)
-    language_model = merged_language_model(model)
+    with waiting("computing the logits of the checkpoint"):
+        expected = sample_logits(model, compared)
+    with waiting("merging adapters"):
+        language_model = merged_language_model(model)
     dtype = dtype or language_model.get_input_embeddings().weight.dtype
-    stock = stock_export(
-        model,
-        language_model,
-        tokenizer,
-        image_aspect=image_aspect,
-        chat_template=chat_template,
-        eot_token_ids=eot_token_ids,
-        image_tokens=image_tokens,
-        dtype=dtype,
-    )
-    with naming(folder):
+    with waiting("building the exported model"):
+        stock = stock_export(
+            model,
+            language_model,
+            tokenizer,
+            image_aspect=image_aspect,
+            chat_template=chat_template,
+            eot_token_ids=eot_token_ids,
+            image_tokens=image_tokens,
+            dtype=dtype,
+        )
+    with naming(folder), waiting("writing the folder"):
         write_model(
             folder, stock.model, stock.processor, stock.tower.released_level, max_shard_size
         )
 
     inputs = reload_inputs(model, compared, stock.image_token_id)
-    found = reload(folder, inputs)
+    with waiting("loading the folder again, and computing its logits"):
+        found = reload(folder, inputs)
     _require_same_keys(found)
     _require_same_tokens(model.layout_rule, found)
     report = ExportReport(

@@ -37,6 +37,7 @@ from vlm_sft.model.quantization import is_quantized
 from vlm_sft.model.vlm import IMAGE_NEWLINE, VisionLanguageModel
 from vlm_sft.utils.atomic_files import write_json
 from vlm_sft.utils.filesystem import naming
+from vlm_sft.utils.progress import waiting
 
 CLASSES: Final[Mapping[str, tuple[str, str]]] = {
     "llama": ("llava_llama", "LlavaLlamaForCausalLM"),
@@ -98,15 +99,16 @@ def export(checkpoint: LoadedModel, out: Path, options: ExportOptions) -> Export
             f"export --to llava: the vision tower was trained, so it is not the one of "
             f"{tower_name}; write all weights with --merge"
         )
-    language_model = (
-        merged_language_model(model) if contents == "full" else causal_lm(model.language_model)
-    )
+    with waiting("merging adapters"):
+        language_model = (
+            merged_language_model(model) if contents == "full" else causal_lm(model.language_model)
+        )
     own_dtype = language_model.get_input_embeddings().weight.dtype
     dtype = options.dtype or own_dtype
     base = None if contents == "full" else _base_name(language_model)
     tree = _config(checkpoint, language_model, dtype, tower_name, base)
     tree["unfreeze_mm_vision_tower"] = tower_differs
-    with naming(out):
+    with naming(out), waiting("writing the folder"):
         write_json(out / "config.json", tree)
         add_older_keys(out / "config.json")
         stop = checkpoint.chat_tokenizer.eot_token_ids
@@ -119,7 +121,8 @@ def export(checkpoint: LoadedModel, out: Path, options: ExportOptions) -> Export
             write_weights(out, cast_state, options.max_shard_size)
         else:
             _write_trained(out, model, contents, cast(str, base))
-    difference, scale = _compare(checkpoint, out, contents, options)
+    with waiting("loading the folder again, and comparing logits"):
+        difference, scale = _compare(checkpoint, out, contents, options)
     exact = dtype == own_dtype and contents == "full" and language_model is model.language_model
     limit = 0.0 if exact else logit_limit(dtype, scale)
     if not difference <= limit:

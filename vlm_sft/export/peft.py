@@ -26,6 +26,7 @@ from vlm_sft.inference.loaded_model import LoadedModel
 from vlm_sft.model.lora import base_language_model, without_known_warnings
 from vlm_sft.model.vlm import IMAGE_NEWLINE, VisionLanguageModel
 from vlm_sft.utils.filesystem import naming
+from vlm_sft.utils.progress import waiting
 
 PROJECTOR: Final = "multi_modal_projector"
 NEWLINE_FILE: Final = "image_newline.safetensors"
@@ -46,18 +47,19 @@ def export(checkpoint: LoadedModel, out: Path, options: ExportOptions) -> Export
     model, chat = checkpoint.model, checkpoint.chat_tokenizer
     base = base_language_model(model)
     dtype = options.dtype or base.get_input_embeddings().weight.dtype
-    stock = stock_export(
-        model,
-        base,
-        checkpoint.tokenizer,
-        image_aspect=checkpoint.image_aspect,
-        chat_template=chat.to_jinja(image_tokens=not is_internvl(model)),
-        eot_token_ids=chat.eot_token_ids,
-        image_tokens=chat.image_tokens,
-        dtype=dtype,
-    )
+    with waiting("building the base of the adapters"):
+        stock = stock_export(
+            model,
+            base,
+            checkpoint.tokenizer,
+            image_aspect=checkpoint.image_aspect,
+            chat_template=chat.to_jinja(image_tokens=not is_internvl(model)),
+            eot_token_ids=chat.eot_token_ids,
+            image_tokens=chat.image_tokens,
+            dtype=dtype,
+        )
     state = _state(model, base, stock.model)
-    with naming(out):
+    with naming(out), waiting("writing the folder"):
         _config(model, base, stock.model).save_pretrained(str(out))
         save_file(state, out / "adapter_model.safetensors", metadata={"format": "pt"})
         cast(GenerationConfig, stock.model.generation_config).save_pretrained(out)
@@ -65,7 +67,8 @@ def export(checkpoint: LoadedModel, out: Path, options: ExportOptions) -> Export
         if model.image_newline is not None:
             newline = model.image_newline.detach().cpu().contiguous()
             save_file({IMAGE_NEWLINE: newline}, out / NEWLINE_FILE)
-    difference, scale = _compare(checkpoint, stock, out, set(state), options)
+    with waiting("loading the folder again, and comparing logits"):
+        difference, scale = _compare(checkpoint, stock, out, set(state), options)
     limit = logit_limit(dtype, scale)
     if not difference <= limit:
         raise UserError(

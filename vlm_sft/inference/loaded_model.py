@@ -53,6 +53,7 @@ from vlm_sft.model.finished import language_config, stored_dtype
 from vlm_sft.model.language_model import causal_lm
 from vlm_sft.model.positions import position_limit
 from vlm_sft.model.vlm import VisionLanguageModel
+from vlm_sft.utils.progress import waiting
 from vlm_sft.utils.reading import read_json
 
 MAX_NEW_TOKENS: Final = 256
@@ -360,7 +361,8 @@ def load_checkpoint(
         )
     if not (folder / "manifest.json").exists() and (folder / "final" / "manifest.json").exists():
         folder = folder / "final"
-    manifest = verify(folder).manifest
+    with waiting(f"verifying {folder}"):
+        manifest = verify(folder).manifest
     config = find_bases(load_stored_config(folder / "config.yaml"), folder, bases or {})
     files = (folder / "tokenizer").absolute()
     tokenizer = load_tokenizer(LanguageModelConfig(name=str(files)), str(folder / "tokenizer"))

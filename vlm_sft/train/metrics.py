@@ -51,6 +51,8 @@ class MetricsFile:
                 f"{set_aside(path)}"
             )
         rows = [row for row in found.rows if row["step"] <= last_step] if last_step else []
+        self.last_found = max((row["step"] for row in found.rows), default=0)
+        """The last step that the file had before rows were removed."""
         self.last_seconds = max(map(_seconds, rows), default=0.0)
         """Training time up to `last_step`, in seconds."""
         write_bytes(path, "".join(map(_line, rows)).encode())
@@ -112,6 +114,12 @@ class RunMetrics:
             MetricsFile(output_dir / name, last_step=first_step) if main else None
             for name in ("metrics.jsonl", "samples.jsonl")
         )
+        if self._file is not None and self._file.last_found > first_step:
+            last, path = self._file.last_found, self._file.path
+            logger.info(
+                f"{path}: steps {first_step + 1} to {last} of an earlier start were not saved in a "
+                f"checkpoint; starting from step {first_step}"
+            )
         self._progress = ProgressLine(total_steps, first_step, enabled=main)
         earlier = 0.0 if self._file is None else self._file.last_seconds
         self._start = time.monotonic() - earlier

@@ -24,6 +24,8 @@ DELAY_SECONDS = 2.0
 """Loops shorter than this print nothing."""
 LINE_SECONDS = 10.0
 """Where no terminal is, one plain line about this often."""
+MEASURED_SECONDS = 2.0
+"""No estimate of the time left before items after the first one have taken this long."""
 
 
 _live: Progress | None = None
@@ -130,17 +132,17 @@ def _below_bar(
     description: str,
     clock: Callable[[], float],
 ) -> Iterator[Item]:
-    task, start = None, clock()
+    task, start, first = None, clock(), 0.0
     try:
         for done, item in enumerate(iterable, start=1):
             yield item
-            elapsed = clock() - start
-            if task is None and elapsed > DELAY_SECONDS:
+            now = clock()
+            first = now if done == 1 else first
+            if task is None and now - start > DELAY_SECONDS:
                 task = bar.add_task("", total=total, name=description)
             if task is not None:
-                left = elapsed / done * max((total or 0) - done, 0)
-                text = f"{format_seconds(left)} left" if total else ""
-                bar.update(task, completed=done, description=text)
+                left = _left(done, total, now - first)
+                bar.update(task, completed=done, description=left)
     finally:
         if task is not None:
             bar.remove_task(task)
@@ -149,24 +151,34 @@ def _below_bar(
 def _with_lines(
     iterable: Iterable[Item], total: int | None, description: str, clock: Callable[[], float]
 ) -> Iterator[Item]:
-    start = last = clock()
+    start = last = first = clock()
     done, shown = 0, False
     for item in iterable:
         yield item
         done += 1
         now = clock()
+        first = now if done == 1 else first
         if now - last >= LINE_SECONDS:
-            _print(_line(description, done, total, now - start))
+            left = _left(done, total, now - first) or f"{format_seconds(now - start)} so far"
+            of_total = f" of {total:,} ({done / total:.0%})" if total else ""
+            _print(f"{description}: {done:,}{of_total}, {left}")
             last, shown = now, True
     if shown:
         _print(f"{description}: {done:,} done in {format_seconds(clock() - start)}")
 
 
-def _line(description: str, done: int, total: int | None, elapsed: float) -> str:
-    if not total:
-        return f"{description}: {done:,}, {format_seconds(elapsed)} so far"
-    left = format_seconds(elapsed / done * max(total - done, 0))
-    return f"{description}: {done:,} of {total:,} ({done / total:.0%}), {left} left"
+def _left(done: int, total: int | None, since_first: float) -> str:
+    """Return the time left, or nothing where it cannot be told.
+
+    Args:
+        done: Number of items that are done.
+        total: Number of all items.
+        since_first: Seconds since the first item was done. That one does not count: libraries that
+            it imports and files that it opens make it far slower than the others.
+    """
+    if not total or since_first < MEASURED_SECONDS:
+        return ""
+    return f"{format_seconds(since_first / (done - 1) * max(total - done, 0))} left"
 
 
 def format_seconds(seconds: float) -> str:

@@ -19,6 +19,7 @@ from vlm_sft.inference.loaded_model import LoadedModel
 from vlm_sft.inference.prompts import user_message
 from vlm_sft.model.language_model import causal_lm
 from vlm_sft.model.lora import merged_language_model
+from vlm_sft.utils.progress import waiting
 
 _NAME: Final = "vlm_sft"
 
@@ -49,8 +50,10 @@ def export(checkpoint: LoadedModel, out: Path, options: ExportOptions) -> Export
             `options.unverified`.
     """
     model, mmproj = out / f"model-{options.outtype}.gguf", out / "mmproj-f16.gguf"
-    write_gguf(model, text_file(checkpoint), options.outtype)
-    write_gguf(mmproj, vision_file(checkpoint.model, checkpoint.image_aspect, _NAME), "f16")
+    with waiting(f"writing {model.name}"):
+        write_gguf(model, text_file(checkpoint), options.outtype)
+    with waiting(f"writing {mmproj.name}"):
+        write_gguf(mmproj, vision_file(checkpoint.model, checkpoint.image_aspect, _NAME), "f16")
     comparison, fault = None, ""
     try:
         comparison = compare_with_llama_cpp(
