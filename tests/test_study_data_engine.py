@@ -11,12 +11,15 @@ import study_model
 import study_selection
 import yaml
 from pyarrow import parquet
-from study_label_noise import spoil
 from study_model import StudyModel, make_tokenizer
+from study_selection import exchanged
 
 from data_tools.select.config import SelectConfig
 from vlm_sft.config.schema import load_config
 from vlm_sft.errors import UserError
+from vlm_sft.evaluation.scores.constraints import score_constraints
+from vlm_sft.evaluation.scores.files import Answers, read_rows
+from vlm_sft.evaluation.scores.results import Options
 
 RECORD: dict[str, Any] = {
     "id": "1",
@@ -26,12 +29,22 @@ RECORD: dict[str, Any] = {
         {"from": "gpt", "value": "I see a dog and a cat, so yes."},
     ],
 }
+"""A question of existence with evidence, which the descriptions are made of."""
+
+DESCRIBED: dict[str, Any] = {
+    "id": "a",
+    "image": "a.jpg",
+    "conversations": [
+        {"from": "human", "value": "<image>\nWhat does the image show?"},
+        {"from": "gpt", "value": "I see a dog and a cat."},
+    ],
+}
 
 
 def test_compared_runs_differ_in_the_records_alone(tmp_path: Path) -> None:
     model = StudyModel(tmp_path)
     found = []
-    for name in ("few", "verdicts"):
+    for name in ("few", "all"):
         path = tmp_path / f"{name}.yaml"
         files = [tmp_path / f"{name}.json"]
         model.write_config(path, files, steps=7, start_from=tmp_path / "base/final")
@@ -52,19 +65,16 @@ def test_every_selection_is_a_valid_one_with_a_name_on_the_page(name: str) -> No
     assert config.rank_by in study_selection.SHOWN[name] or config.preset is not None
 
 
-def test_a_verdict_alone_is_what_the_answer_ends_in() -> None:
-    cut = study_best_of_n.only_verdict(RECORD)
-    assert cut["conversations"][1]["value"] == "Yes."
-    assert cut["conversations"][0] == RECORD["conversations"][0] and cut["id"] == "1"
-    assert RECORD["conversations"][1]["value"].startswith("I see")
-
-
-def test_wrong_answers_are_as_many_as_asked_for_and_known() -> None:
-    records = [{**RECORD, "id": str(number)} for number in range(20)]
+def test_wrong_descriptions_are_as_many_as_asked_for_and_known() -> None:
+    records = [{**DESCRIBED, "id": str(number)} for number in range(20)]
     truth = {"a.jpg": {"dog", "cat"}, "": {"dog", "cat", "bus", "boat"}}
-    found = spoil(records, truth, 0.3, seed=1)
-    changed = {n for n, row in enumerate(found.records) if row != records[n]}
-    assert changed == found.wrong and len(changed) == 6
+    made, wrong = exchanged(records, truth, 0.3, seed=1)
+    changed = {n for n, row in enumerate(made) if row != records[n]}
+    assert changed == wrong and len(changed) == 6
+    for place in wrong:
+        said = study_best_of_n.things(made[place]["conversations"][1]["value"])
+        assert len(said) == 2
+        assert len(said & {"a dog", "a cat"}) == 1 and len(said & {"a bus", "a boat"}) == 1
 
 
 def test_the_tokenizer_gives_back_what_it_was_trained_on() -> None:
@@ -106,32 +116,50 @@ def test_categories_are_those_of_the_annotations(tmp_path: Path) -> None:
     }
 
 
-def test_the_suite_reads_the_verdict_at_the_end(
+def lesson_model(folder: Path) -> StudyModel:
+    """A model of which two scenes are taught and three are left to a study, two questions each."""
+    model = StudyModel(folder, taught=2)
+    for split in ("train", "val", "test"):
+        (folder / split / "questions").mkdir(parents=True)
+        (folder / split / "questions/build.json").write_text("{}")
+        records = [{**RECORD, "id": str(n), "image": f"{n // 2}.jpg"} for n in range(10)]
+        (folder / split / "questions/stage2.json").write_text(json.dumps(records))
+    model.lessons.write_text(json.dumps(model.taught_descriptions()))
+    return model
+
+
+def test_the_suite_looks_for_objects_in_descriptions(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = StudyModel(tmp_path)
-    for split in ("train", "val", "test"):
-        (tmp_path / split / "questions").mkdir(parents=True)
-        (tmp_path / split / "questions/build.json").write_text("{}")
-    for stage in ("stage1", "stage2"):
-        model.records("train", stage).write_text(json.dumps([RECORD]))
+    model = lesson_model(tmp_path)
+    probes = [
+        {"id": "1", "image": "0.jpg", "category": "cat", "answer": "yes"},
+        {"id": "2", "image": "0.jpg", "category": "bus", "answer": "no"},
+    ]
+    (tmp_path / "test/questions/existence.json").write_text(json.dumps(probes))
     ran: list[str] = []
     monkeypatch.setattr("study_model.run_python", lambda *_: None)
     monkeypatch.setattr("study_model.run_module", lambda name, _arguments: ran.append(name))
     model.make()
+    assert ran == ["vlm_sft.stage2"]  # the base model
     (task,) = yaml.safe_load(model.suite.read_text())["tasks"]
-    assert task["scoring"] == {"reading": "verdict_last"} and task["kind"] == "pope"
-    assert ran == ["vlm_sft.stage2", "vlm_sft.stage2"]  # to describe, and to answer
+    truth = read_rows(Path(task["files"][0]))
+    for text, right in {
+        "I see two cats.": [1.0, 1.0],
+        "I see a bus.": [0.0, 0.0],
+        "I see a cat and two buses.": [1.0, 0.0],
+    }.items():
+        answers = Answers(tmp_path, {"1": text, "2": text})
+        scored = score_constraints(answers, truth, Options())
+        assert [row["score"] for row in scored.rows] == right
 
 
-def test_lessons_are_about_other_scenes_than_the_questions_of_a_study(tmp_path: Path) -> None:
-    model = StudyModel(tmp_path, taught=2)
-    (tmp_path / "train/questions").mkdir(parents=True)
-    records = [{**RECORD, "image": f"{number // 2}.jpg"} for number in range(10)]
-    model.records("train").write_text(json.dumps(records))
-    lessons, others = (model.questions(taught=taught) for taught in (True, False))
-    assert {row["image"] for row in lessons} == {"3.jpg", "4.jpg"}
-    assert len(lessons) == 4 and len(others) == 6
+def test_lessons_are_about_other_scenes_than_those_of_a_study(tmp_path: Path) -> None:
+    model = lesson_model(tmp_path)
+    lessons, others = model.taught_descriptions(), model.other_descriptions()
+    assert [row["image"] for row in lessons] == ["3.jpg", "4.jpg"]
+    assert [row["image"] for row in others] == ["0.jpg", "1.jpg", "2.jpg"]
+    assert lessons[0]["conversations"][1]["value"] == "I see a dog and a cat."
 
 
 def test_a_command_runs_in_a_copy_of_the_process_and_its_failure_is_told(
@@ -143,16 +171,6 @@ def test_a_command_runs_in_a_copy_of_the_process_and_its_failure_is_told(
     assert "nowhere.yaml" in capfd.readouterr().err
 
 
-def lesson_model(folder: Path) -> StudyModel:
-    """A model of which two scenes are taught and three are left to a study, two questions each."""
-    model = StudyModel(folder, taught=2)
-    (folder / "train/questions").mkdir(parents=True)
-    records = [{**RECORD, "id": str(n), "image": f"{n // 2}.jpg"} for n in range(10)]
-    model.records("train").write_text(json.dumps(records))
-    model.lessons.write_text(json.dumps(model.questions(taught=True)))
-    return model
-
-
 def results(folder: Path, right: list[int]) -> None:
     """Write the results of a suite as `evaluate` does, with these answers right."""
     folder.mkdir(parents=True)
@@ -160,8 +178,8 @@ def results(folder: Path, right: list[int]) -> None:
         {"id": str(n), "image": str(n), "scores": {"right": float(n in right)}} for n in range(4)
     ]
     share = len(right) / 4
-    scores = {"accuracy": share, "accuracy_interval": [share / 2, share]}
-    task = {"kind": "pope", "conditions": {"right": scores}, "questions": questions}
+    scores = {"prompt_strict": share, "prompt_strict_interval": [share / 2, share]}
+    task = {"kind": "constraints", "conditions": {"right": scores}, "questions": questions}
     document = {"model": str(folder), "tasks": {"existence": task}}
     (folder / "results.json").write_text(json.dumps(document))
 
@@ -176,8 +194,8 @@ def test_rows_of_best_of_n_compare_with_both_other_models(tmp_path: Path) -> Non
     samples = folder / "rounds/round-1/samples"
     samples.mkdir()
     many = json.loads((folder / "many.json").read_text())
-    assert [row["conversations"][1]["value"] for row in many] == ["Yes."] * 4
-    said = ["I see a dog and a cat, so yes.", "I see a bus and a cat, so yes."]
+    assert len(many) == 3
+    said = ["I see a cat and a dog.", "I see a bus and a cat."]
     kept = [
         {"id": row["id"], "messages": [{"role": "assistant", "content": text}]}
         for row, text in zip(many, said, strict=False)
@@ -187,9 +205,9 @@ def test_rows_of_best_of_n_compare_with_both_other_models(tmp_path: Path) -> Non
     (samples / "results.json").write_text(json.dumps(counts))
 
     row = study.row("round-1")
-    assert row["accuracy"] == "75.0% (37.5% to 75.0%)" and row["records"] == 4 + 2
+    assert row["accuracy"] == "75.0% (37.5% to 75.0%)" and row["records"] == 2 + 2
     assert row["gain"].startswith("+0.500") and row["minus_few"].startswith("+0.250")
-    assert "gain" not in study.row("early") and study.row("few")["records"] == 4
+    assert "gain" not in study.row("early") and study.row("few")["records"] == 2
     assert study.round(1)["true"] == "50.0%"
 
 
@@ -208,13 +226,13 @@ def test_a_selection_s_row_counts_the_wrong_answers_of_both_parts(tmp_path: Path
     study = study_selection.Study(model, 1, 0.5)
     folder = tmp_path / "selection/seed1"
     rows = json.loads((folder / "data.json").read_text())
-    wrong = [row["conversations"][1] != RECORD["conversations"][1] for row in rows]
-    assert len(rows) == 6 and sum(wrong) == 3
+    wrong = [row["conversations"][1] != DESCRIBED["conversations"][1] for row in rows]
+    assert len(rows) == 3 and sum(wrong) == 2
     parts = folder / "parts"
     parts.mkdir()
     columns = {name: [0.0 if is_wrong else 1.0 for is_wrong in wrong]
                for name in ("loss", "ifd", "necessity", "solved", "consistency")}  # fmt: skip
-    table = pa.table({**columns, "selected": wrong, "random": [True, False] * 3})
+    table = pa.table({**columns, "selected": wrong, "random": [True, False, True]})
     parquet.write_table(table, parts / "scores.parquet")
     difference = {"estimate": -0.1, "low": -0.2, "high": 0.0}
     compared = {"first": 0.7, "other": 0.6, "difference": difference}
@@ -222,7 +240,7 @@ def test_a_selection_s_row_counts_the_wrong_answers_of_both_parts(tmp_path: Path
     (parts / "selection.json").write_text(json.dumps({"control": control}))
     row = study.read("ifd")
     assert (
-        row["wrong"] == 1.0 and row["records"] == 3 and row["random_wrong"] == sum(wrong[::2]) / 3
+        row["wrong"] == 1.0 and row["records"] == 2 and row["random_wrong"] == sum(wrong[::2]) / 2
     )
     assert (row["random"], row["selected"], row["steps"]) == (0.7, 0.6, 50)
     assert all(found["auc"] == 1.0 for found in study.scores())

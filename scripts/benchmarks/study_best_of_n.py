@@ -1,20 +1,19 @@
-"""Does best-of-N pay where only the verdicts are known? Two rounds against further training.
+"""Does best-of-N pay where only boxes are known? Two rounds against further training.
 
     scripts/benchmarks/study_best_of_n              # seeds 1 and 2
     scripts/benchmarks/study_best_of_n --seeds 1
 
-The base model was trained on a few questions of existence whose answers say what is seen ("I see a
-cat, so no."), and stopped early. Of many more questions only yes or no is known. `vlm-sft sample
---score exact --verdict last --rounds 2` samples answers to them, keeps one with the right verdict
-for each question, and trains on these and on the few; twice. The controls train as many steps from
-the same model:
+The base model was trained on a few descriptions of scenes ("I see a cat and two boats."), and
+stopped early. Of many more scenes only the boxes are known. `vlm-sft sample --score verifier
+--rounds 2` samples descriptions of them, keeps for each scene the one of which the boxes support
+most and contradict nothing, and trains on these and on the few; twice. The controls train as many
+steps from the same model:
 
-    few        on the few alone
-    verdicts   on the few and on the many as they are, "Yes." and "No."
+    few   on the few alone
+    all   on the few and on true descriptions of the many: what is to be had at best
 
-All are asked about held-out scenes. As the scenes are known exactly, so is what the kept samples
-say: a right verdict can follow from things that are not there. The model is that of
-study_model.py; a repeated command goes on.
+All are asked about held-out scenes. As the scenes are known exactly, so is whether the kept samples
+are wholly true. The model is that of study_model.py; a repeated command goes on.
 """
 
 import argparse
@@ -28,17 +27,16 @@ from typing import Any, Final
 from bench_results import command_line, machine_facts, print_table, write_results
 from study_model import StudyModel, run_module
 
-from vlm_sft.best_of.graders import final_answer
 from vlm_sft.commands.run_command import run_command
 from vlm_sft.evaluation.suites.compare import compare_results, read_results
 from vlm_sft.utils.atomic_files import write_json
 
-TITLE: Final = "Best of N from verdicts alone, against further training"
+TITLE: Final = "Best of N by the verifier, against further training"
 STEPS: Final = 50
 ROWS: Final = {
     "early": "before: trained on the few, stopped early",
     "few": "control: further on the few",
-    "verdicts": "control: further on the few, and yes and no of the many",
+    "all": "control: further on the few and true descriptions of the many",
     "round-1": "best of N, round 1",
     "round-2": "best of N, round 2",
 }
@@ -54,7 +52,7 @@ SAMPLE_COLUMNS: Final = {
     "round": "round",
     "seed": "seed",
     "questions": "questions",
-    "acceptable": "samples with the right verdict",
+    "acceptable": "samples without a contradiction",
     "kept": "questions with one",
     "pairs": "pairs",
     "true": "kept answers that are wholly true",
@@ -95,17 +93,17 @@ class Study:
     Args:
         model: The scenes and the model that every run starts from.
         seed: Of the questions and the order of training.
-        many: Questions of which only yes or no is known.
+        many: Scenes of which only the boxes are known.
         number: Samples of each of them.
     """
 
     def __init__(self, model: StudyModel, seed: int, *, many: int, number: int) -> None:
         self._model, self._seed, self._number = model, seed, number
         self._folder = model.work / "best-of-n" / f"seed{seed}"
-        records = model.questions(taught=False)
+        records = model.other_descriptions()
         random.Random(seed).shuffle(records)
         self._many = self._folder / "many.json"
-        write_json(self._many, [only_verdict(record) for record in records[:many]])
+        write_json(self._many, records[:many])
         self._truth = {row["id"]: row["conversations"][1]["value"] for row in records}
         few = len(json.loads(model.lessons.read_text(encoding="utf-8")))
         self._counts = {"few": few, "many": many}
@@ -114,7 +112,7 @@ class Study:
         """Train and ask what is missing; return the rows of the table."""
         few, many, early = self._model.lessons, self._many, self._model.base
         self._ask("early", early)
-        for name, files in (("few", [few]), ("verdicts", [few, many])):
+        for name, files in (("few", [few]), ("all", [few, many])):
             run, config = self._folder / name, self._folder / f"{name}.yaml"
             self._model.write_config(config, files, steps=STEPS, start_from=early)
             if not (run / "final").is_dir():
@@ -122,7 +120,8 @@ class Study:
             self._ask(name, run / "final")
         sample = [
             *(str(early), str(many), "--images", str(self._model.images("train"))),
-            *("--score", "exact", "--verdict", "last", "--n", str(self._number)),
+            *("--score", "verifier", "--n", str(self._number), "--annotations"),
+            *(str(self._model.annotations("train", what)) for what in ("instances", "captions")),
             *("--max-tokens", "24", "--batch-size", "64", "--seed", str(self._seed)),
             *("--rounds", "2", "--train", str(self._folder / "few.yaml"), "--keep-train-data"),
             *("--held-out", str(self._model.suite), "--out", str(self._rounds)),
@@ -137,8 +136,7 @@ class Study:
         with (folder / "train.jsonl").open(encoding="utf-8") as lines:
             kept = [json.loads(line) for line in lines]
         true = [
-            final_answer(row["messages"][-1]["content"]) == final_answer(self._truth[row["id"]])
-            for row in kept
+            things(row["messages"][-1]["content"]) == things(self._truth[row["id"]]) for row in kept
         ]
         return {
             "round": number,
@@ -171,7 +169,7 @@ class Study:
             read_results(self._evaluation(one)) for one in (name, "early", "few")
         )
         scores = results.tasks["existence"]["conditions"]["right"]
-        low, high = scores["accuracy_interval"]
+        low, high = scores["prompt_strict_interval"]
         many = 0 if name in ("early", "few") else self._counts["many"]
         if name.startswith("round"):
             with (self._rounds / name / "samples/train.jsonl").open("rb") as lines:
@@ -180,7 +178,7 @@ class Study:
             "arm": ROWS[name],
             "seed": self._seed,
             "records": self._counts["few"] + many,
-            "accuracy": f"{scores['accuracy']:.1%} ({low:.1%} to {high:.1%})",
+            "accuracy": f"{scores['prompt_strict']:.1%} ({low:.1%} to {high:.1%})",
         }
         for key, other in (("gain", early), ("minus_few", few)):
             if other.path != results.path:
@@ -189,11 +187,9 @@ class Study:
         return row
 
 
-def only_verdict(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a record whose answer `I see ..., so yes.` is cut to `Yes.`."""
-    human, reply = record["conversations"]
-    verdict = reply["value"].rpartition(", so ")[2]
-    return {**record, "conversations": [human, {**reply, "value": verdict.capitalize()}]}
+def things(text: str) -> set[str]:
+    """Return what a description names, with numbers: `a cat`, `two boats`."""
+    return set(text.removeprefix("I see ").removesuffix(".").split(" and "))
 
 
 def _difference(found: Mapping[str, float]) -> str:
@@ -207,7 +203,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--many", type=int, default=300, help="questions with a verdict (300)")
+    parser.add_argument("--many", type=int, default=300, help="scenes with boxes (300)")
     parser.add_argument("--n", type=int, default=4, help="samples of each of these (4)")
     parser.add_argument("--work", default="demo/data-engine", help="data and runs")
     parser.add_argument("--output", default="docs/benchmarks", help="where the page goes")

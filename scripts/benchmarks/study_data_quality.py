@@ -14,9 +14,10 @@ A share of the conversations about composed scenes is spoilt in one of six ways:
     class imbalance       conversations about three kinds of objects take the place of others
 
 and trained on as it is, or after `verify`, `clean` and `export` of `data_tools.instruct`. All runs
-of a seed start from one model and take equally many steps. The model is small, so that a run takes
-seconds: a frozen EfficientNet-Lite0 whose features are cached, and a Llama of 2 million parameters
-that has first learned captions of the scenes. It is asked what held-out scenes show. For each, one
+of a seed start from the same random weights and take equally many steps. The model is small, so
+that a run takes a minute: a frozen EfficientNet-Lite0 whose features are cached, and a Llama of 2
+million parameters, which learns all it knows from the run's data. It is asked what held-out scenes
+show. For each, one
 object that is there and one that is not are looked up in the answer: the share of right ones is the
 accuracy (0.5 is chance), with its 95 % interval over images.
 """
@@ -148,11 +149,14 @@ def main(argv: Sequence[str]) -> int:
     sys.path.insert(0, str(Path(__file__).parents[1]))  # for `demo_pieces`, also in the processes
     os.environ.update(fast_malloc_environment())  # for the server that forks the processes
     rows: Records = []
-    for seed in arguments.seeds:
-        study = Study(Path(arguments.work), seed, arguments.steps, arguments.scenes)
-        if not arguments.only_report:
-            study.prepare()
-        for run in runs_of(arguments.kinds, arguments.levels):
+    studies = [
+        Study(Path(arguments.work), seed, arguments.steps, arguments.scenes)
+        for seed in arguments.seeds
+    ]
+    if not arguments.only_report:
+        studies[0].prepare()
+    for run in runs_of(arguments.kinds, arguments.levels):
+        for study in studies:
             if not arguments.only_report:
                 study.run(run)
             if study.is_done(run):
@@ -178,24 +182,23 @@ def main(argv: Sequence[str]) -> int:
 
 
 class Study:
-    """One seed: its model to start from, its spoilt data, its runs.
+    """One seed: its spoilt data and its runs.
 
     Args:
         work: Where all files go; scenes and features are shared by the seeds.
         seed: Of what is spoilt, of weights and of order.
-        steps: Optimizer steps of the first model, and of each run.
-        scenes: Number of scenes for training, of which half are in the data of a run without
+        steps: Optimizer steps of each run.
+        scenes: Number of scenes for training, of which a quarter is in the data of a run without
             faults, and of scenes to ask about.
     """
 
-    def __init__(self, work: Path, seed: int, steps: Sequence[int], scenes: Sequence[int]) -> None:
-        self._work, self._seed = work / "-".join(map(str, scenes)), seed
-        self._first_steps, self._steps = steps
+    def __init__(self, work: Path, seed: int, steps: int, scenes: Sequence[int]) -> None:
+        self._work, self._seed, self._steps = work / "-".join(map(str, scenes)), seed, steps
         self._counts = dict(zip(("train", "test"), scenes, strict=True))
-        self._folder = self._work / f"seed{seed}-{self._first_steps}-{self._steps}"
+        self._folder = self._work / f"seed{seed}-{steps}"
 
     def prepare(self) -> None:
-        """Make pieces, scenes, tokenizer and the model that all runs start from."""
+        """Make pieces, scenes and tokenizer, which all seeds share."""
         if not (PIECES / "efficientnet-lite0/pieces.json").exists():
             _run("demo_pieces", str(PIECES))
         wanted = read_json(Path("configs/demo/categories.json"))["categories"]
@@ -207,12 +210,6 @@ class Study:
         if not (self._work / "tokenizer").is_dir():
             texts = [text for record in self._captions() for text in _texts(record)]
             make_tokenizer(texts, VOCABULARY).save_pretrained(self._work / "tokenizer")
-        self._train(
-            self._folder / "first",
-            self._built("train") / "stage1.json",
-            self._scenes("train") / "images",
-            steps=self._first_steps,
-        )
 
     def run(self, run: Run) -> None:
         """Spoil, clean, train and ask, unless that is done."""
@@ -223,9 +220,7 @@ class Study:
         images = self._images(folder, spoilt)
         write_json(folder / "spoilt.json", spoilt.records)
         data = self._cleaned(folder, images) if run.cleaned else folder / "spoilt.json"
-        self._train(
-            folder / "run", data, images, steps=self._steps, start=self._folder / "first/final"
-        )
+        self._train(folder / "run", data, images)
         self._ask(folder)
         places = set(range(len(spoilt.records)))
         if run.cleaned:  # an exported id ends in the place of the record that was imported
@@ -259,9 +254,9 @@ class Study:
     def spoilt(self, run: Run) -> Spoilt:
         """Return the conversations of a run before cleaning."""
         talks = conversations(self._captions(), self._truth(), seed=self._seed)
-        half = len(talks) // 2
+        count = len(talks) // 4
         return spoil(
-            run.kind, talks[:half], talks[half:], self._truth(), run.level / 100, self._seed
+            run.kind, talks[:count], talks[count:], self._truth(), run.level / 100, self._seed
         )
 
     def _scenes(self, split: str) -> Path:
@@ -330,16 +325,13 @@ class Study:
             _run("data_tools.instruct", stage, str(config), f"output_dir={checked}")
         return checked / "export/llava.json"
 
-    def _train(
-        self, out: Path, data: Path, images: Path, *, steps: int, start: Path | None = None
-    ) -> None:
+    def _train(self, out: Path, data: Path, images: Path) -> None:
         if (out / "final").is_dir():
             return
         settings = {
             "output_dir": str(out),
             "seed": self._seed,
             "projector": None,
-            "start_from": None if start is None else str(start),
             "lora": None,
             "model.vision_tower.name": str(PIECES / "efficientnet-lite0"),
             "model.language_model.name": None,
@@ -351,8 +343,8 @@ class Study:
             "data.on_error": "quarantine",  # an image that cannot be read is left out
             "data.max_quarantined": 10_000,
             "optim.learning_rate.projector": 1e-3,
-            "optim.learning_rate.language_model": 2e-3 if start is None else 1e-3,
-            "train.max_steps": steps,
+            "optim.learning_rate.language_model": 2e-3,
+            "train.max_steps": self._steps,
             "train.epochs": 100,
             "train.global_batch_size": 16,
             "train.packing": None,
@@ -585,11 +577,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--levels", type=int, nargs="+", default=[40, 20, 10], help="percent")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--steps", type=int, default=160, help="of each run (160)")
     parser.add_argument(
-        "--steps", type=int, nargs=2, default=[120, 40], help="of the first model, of a run"
-    )
-    parser.add_argument(
-        "--scenes", type=int, nargs=2, default=[800, 150], help="to train on, to ask about"
+        "--scenes", type=int, nargs=2, default=[1600, 150], help="to train on, to ask about"
     )
     parser.add_argument("--work", default="demo/data-quality", help="pieces, data and runs")
     parser.add_argument("--output", default=None, help="folder for a page of results")

@@ -3,8 +3,9 @@
     scripts/benchmarks/study_selection                  # seeds 1 and 2
     scripts/benchmarks/study_selection --seeds 1 --selections ifd solved
 
-Of the questions of existence about composed scenes, 30 % get a wrong answer. A model that is
-trained on all of them scores them and samples four answers to each. `vlm-sft data select` takes a
+Of descriptions of composed scenes ("I see a cat and two boats."), 30 % are wrong: one thing is
+exchanged for one that is not there. A model that is trained on all of them scores them and samples
+four answers to each. `vlm-sft data select` takes a
 third by every ranking, `--train-control` trains the same model on it and on as many random records,
 with the same steps, and compares both on held-out scenes. The share of wrong answers in each part
 is known. The model is that of study_model.py; a repeated command goes on.
@@ -14,7 +15,7 @@ import argparse
 import json
 import random
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,7 +23,6 @@ import yaml
 from bench_plots import plot_differences
 from bench_results import command_line, machine_facts, print_table, write_results
 from pyarrow import parquet
-from study_label_noise import spoil
 from study_model import StudyModel, run_module
 
 from vlm_sft.commands.run_command import run_command
@@ -110,13 +110,11 @@ class Study:
     def __init__(self, model: StudyModel, seed: int, share: float) -> None:
         self._model, self._seed = model, seed
         self._folder = model.work / "selection" / f"seed{seed}"
-        records = model.questions(taught=False)
-        # Two records about an image are neighbors; a selection has to take them apart.
-        random.Random(seed).shuffle(records)
-        spoilt = spoil(records, model.categories("train"), share, seed)
-        self._wrong = spoilt.wrong
+        made, self._wrong = exchanged(
+            model.other_descriptions(), model.categories("train"), share, seed
+        )
         self._data = self._folder / "data.json"
-        write_json(self._data, spoilt.records)
+        write_json(self._data, made)
 
     def row(self, name: str) -> dict[str, Any]:
         """Select, train and compare, unless that is done; return the row of the table."""
@@ -200,6 +198,32 @@ class Study:
 
     def _config(self, path: Path, name: str) -> None:
         self._model.write_config(path, [self._data], steps=STEPS[name], start_from=self._model.base)
+
+
+def exchanged(
+    records: Sequence[dict[str, Any]], truth: Mapping[str, set[str]], share: float, seed: int
+) -> tuple[list[dict[str, Any]], frozenset[int]]:
+    """Return records of which a share names a thing that is not there, and their places.
+
+    Args:
+        records: Answers of the form `I see a cat and two boats.`
+        truth: Categories by image; under the empty name all that there are.
+        share: Of the records.
+        seed: Which, and how.
+    """
+    rng = random.Random(seed)
+    wrong = frozenset(rng.sample(range(len(records)), round(share * len(records))))
+    made = []
+    for place, record in enumerate(records):
+        if place in wrong:
+            human, reply = record["conversations"]
+            named = reply["value"].removeprefix("I see ").removesuffix(".").split(" and ")
+            name = rng.choice(sorted(truth[""] - truth[record["image"]]))
+            named[rng.randrange(len(named))] = f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+            text = f"I see {' and '.join(named)}."
+            record = {**record, "conversations": [human, {**reply, "value": text}]}
+        made.append(record)
+    return made, wrong
 
 
 def shown(row: dict[str, Any]) -> dict[str, Any]:
