@@ -15,8 +15,10 @@ from vlm_sft.utils.progress import track
 def verifier(instances: Path, captions: Path) -> Grader:
     """Return a grader that rejects samples with a claim that the annotations contradict.
 
-    The grade is the number of supported claims minus that of unknown ones. A sample whose image has
-    no annotations cannot be checked and is not acceptable.
+    A sample of which the annotations support nothing is not acceptable either: text without any
+    claim contradicts nothing, and a model at a high temperature writes such text. The grade is the
+    number of supported claims minus that of unknown ones. A sample whose image has no annotations
+    cannot be checked and is not acceptable.
 
     Args:
         instances: COCO's `instances_*.json`.
@@ -43,7 +45,10 @@ def verifier(instances: Path, captions: Path) -> Grader:
         ]
         verdicts = [check.verdict for check in checks if check.part != "question"]
         value = verdicts.count("supported") - verdicts.count("unknown")
-        codes = reasons(checks)
+        codes = list(reasons(checks))
+        # The claim of "Yes." is that of its question.
+        if not any(check.verdict == "supported" for check in checks):
+            codes.append("NOTHING_SUPPORTED")
         return Grade(float(value), not codes, codes[0] if codes else "")
 
     def grade(candidates: Sequence[Candidate]) -> list[Grade]:

@@ -197,7 +197,10 @@ def test_rows_of_best_of_n_compare_with_both_other_models(tmp_path: Path) -> Non
     assert len(many) == 3
     said = ["I see a cat and a dog.", "I see a bus and a cat."]
     kept = [
-        {"id": row["id"], "messages": [{"role": "assistant", "content": text}]}
+        {
+            "id": row["id"],
+            "messages": [{"role": "assistant", "content": [{"type": "text", "text": text}]}],
+        }
         for row, text in zip(many, said, strict=False)
     ]
     (samples / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))

@@ -38,8 +38,8 @@ EXAMPLES: Final = """examples:
 scores:
   exact     the sample says what the record's answer says (yes/no, counts, short texts; of a text
             with reasons, what follows `answer:` or `answer is`)
-  verifier  no claim of the sample contradicts COCO's boxes and captions (--annotations); the more
-            claims they support, the better
+  verifier  no claim of the sample contradicts COCO's boxes and captions (--annotations), and they
+            support at least one; the more the better
   judge     a judge model's grade, at least --min-grade
   length    the shortest sample (--longest: the longest); all are acceptable
 

@@ -122,7 +122,16 @@ class Study:
             *(str(early), str(many), "--images", str(self._model.images("train"))),
             *("--score", "verifier", "--n", str(self._number), "--annotations"),
             *(str(self._model.annotations("train", what)) for what in ("instances", "captions")),
-            *("--max-tokens", "24", "--batch-size", "64", "--seed", str(self._seed)),
+            *(
+                "--top-p",
+                "0.9",
+                "--max-tokens",
+                "24",
+                "--batch-size",
+                "64",
+                "--seed",
+                str(self._seed),
+            ),
             *("--rounds", "2", "--train", str(self._folder / "few.yaml"), "--keep-train-data"),
             *("--held-out", str(self._model.suite), "--out", str(self._rounds)),
         ]
@@ -136,7 +145,8 @@ class Study:
         with (folder / "train.jsonl").open(encoding="utf-8") as lines:
             kept = [json.loads(line) for line in lines]
         true = [
-            things(row["messages"][-1]["content"]) == things(self._truth[row["id"]]) for row in kept
+            things(row["messages"][-1]["content"][-1]["text"]) == things(self._truth[row["id"]])
+            for row in kept
         ]
         return {
             "round": number,

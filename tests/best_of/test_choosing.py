@@ -129,6 +129,19 @@ def test_the_verifier_prefers_supported_claims_and_rejects_contradicted_ones(
     assert choice.right == 2 and sum(choice.why.values()) == 1
 
 
+def test_the_verifier_keeps_no_sample_of_which_it_supports_nothing(tmp_path: Path) -> None:
+    from data_tools.verify_samples import verifier
+
+    files = write_coco(tmp_path, {1: [("dog", [10, 20, 60, 60], 0)]}, {1: ["A dog."]})
+    grader = verifier(files["instances"], files["captions"])
+    (question,) = asked(tmp_path, "What is there?", "-", image="images/000000000001.jpg")
+    (choice,) = choose([question], {question.id: sampled(question, "I see \x1e.")}, grader)
+    assert choice.outcome == "none_acceptable" and dict(choice.why) == {"NOTHING_SUPPORTED": 1}
+    (question,) = asked(tmp_path, "Is there a dog?", "-", image="images/000000000001.jpg")
+    (choice,) = choose([question], {question.id: sampled(question, "Yes.", "No.")}, grader)
+    assert choice.chosen is not None and choice.chosen.text == "Yes." and choice.right == 1
+
+
 def test_a_judge_sees_the_answer_of_the_record_and_its_grade_decides(tmp_path: Path) -> None:
     pytest.importorskip("openai")
 
