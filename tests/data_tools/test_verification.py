@@ -123,6 +123,11 @@ def test_what_the_annotations_contradict_is_rejected_with_its_code(answer: str, 
         ("What is the zebra doing?", "There is no zebra in the picture.", ()),
         ("What colour is the brown couch?", "Brown.", ("GIVEN_AWAY",)),
         ("How many of the two dogs are asleep?", "Two.", ("GIVEN_AWAY",)),
+        ("What does the image show?", "No.", ("ANSWER_MISMATCH",)),
+        ("How many dogs are there?", "Yes.", ("ANSWER_MISMATCH",)),
+        ("What about a zebra?", "No.", ()),
+        ("What can be seen, is there a zebra?", "No.", ()),
+        ("And a zebra?", "No.", ()),
     ],
 )
 def test_answers_are_read_together_with_their_questions(

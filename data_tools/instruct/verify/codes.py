@@ -59,6 +59,9 @@ ALL: Final = (
          "three questions, three times `Yes.`"),
     Code("GIVEN_AWAY", "form", "The question holds its own answer.",
          "`What color is the red bus?` `Red.`"),
+    Code("ANSWER_MISMATCH", "form",
+         "A bare yes or no follows a question that asks for more, as where turns got lost.",
+         "`What does the image show?` `No.`"),
     Code("GROWN_NOT_NEW", "form",
          "`grow`: a question is like one of the parent, or one grown before about the image "
          "(ROUGE-L of 0.7 or more), or the sample is its parent.",

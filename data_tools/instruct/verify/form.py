@@ -59,6 +59,25 @@ def check_turn(case: Case) -> Iterator[Check]:
     given = _given_away(case)
     if given:
         yield _fault(case, "GIVEN_AWAY", "question", given)
+    if _is_of_another_question(case):
+        yield _fault(case, "ANSWER_MISMATCH", "answer", turn.answer[:60])
+
+
+def _is_of_another_question(case: Case) -> bool:
+    """Return whether a bare yes or no follows a question that asks for more.
+
+    This is what is left where an answer and the next question got lost.
+    """
+    answer, asked = case.answer_reading.spoken, case.question_reading.spoken
+    return (
+        len(answer) == 1
+        and answer[0] in ("yes", "no")
+        and case.question.kind in ("open", "how_many")
+        and len(asked) > 1
+        and asked[0] in _OPEN
+        and asked[1] not in ("about", "if")
+        and "," not in case.turn.question  # `What is it, a dog?`
+    )
 
 
 def _given_away(case: Case) -> str | None:
@@ -210,4 +229,5 @@ _ROLE: Final = re.compile(
     r"\[/?INST\]|^#{2,}|\n===|```",
     re.IGNORECASE,
 )
+_OPEN: Final = word_set("what which who where when how describe name list explain")
 _EMPTY_WORDS: Final = word_set("the a an is are it its this that there of in on at to and")
