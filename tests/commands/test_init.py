@@ -6,11 +6,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
 from vlm_sft import init
 from vlm_sft.commands import init as work
-from vlm_sft.commands.init_files import _steps_between
+from vlm_sft.commands.init_files import Chosen, Project, _steps_between, stage1_file
 from vlm_sft.config.method import training_method
 from vlm_sft.config.schema import RunConfig, load_config
 from vlm_sft.data.conversation import Conversation
@@ -163,6 +164,23 @@ def test_a_tower_of_timm_is_recognized_by_its_folder(folder, tmp_path):
     config = run(folder, tmp_path / "my", "--tower", str(tmp_path / "tower"))["stage1"]
     tower = config.model.vision_tower
     assert (tower.library, tower.feature_layers) == ("timm", [-1])
+    assert tower.grid_pool == model.default_cfg["pool_size"][0] // 2 > 1
+
+
+def test_a_cpu_gets_few_image_tokens_and_the_tower_runs_once(tmp_path):
+    project = {
+        "out": "my", "data": "d.json", "captions": None, "eval": None, "columns": {},
+        "images": None, "tower": "t", "tower_is_timm": True, "llm": "l", "tokenizer": None,
+        "template": "auto", "from_checkpoint": None, "projector": None, "start_from": None,
+        "precision": "fp32", "data_are_captions": False, "prompted": frozenset(), "gpus": 1,
+        "suite_images": ".",
+    }  # fmt: skip
+    chosen = Chosen("stage1", "none", 8, 8, 3, 128, 30)
+    on_cpu = yaml.safe_load(stage1_file(Project(**project, grid_pool=3, device="cpu"), chosen))
+    on_gpu = yaml.safe_load(stage1_file(Project(**project, grid_pool=None, device="h100"), chosen))
+    assert on_cpu["model"]["vision_tower"].pop("grid_pool") == 3
+    assert on_cpu["data"].pop("feature_cache") == "my/runs/features"
+    assert on_cpu == on_gpu
 
 
 def test_captions_and_other_starts_decide_about_stage_1(folder, tmp_path):

@@ -254,6 +254,7 @@ def _device(arguments: argparse.Namespace) -> Device:
 def _project(arguments: argparse.Namespace, head: Head, held_out: Head, device: Device) -> Project:
     template = arguments.template or ("chatml" if arguments.tokenizer == "bytes" else "auto")
     precision = "fp32" if device.is_cpu else "fp16" if device.name == "t4" else "bf16"
+    timm = _timm_settings(arguments.tower)
     return Project(
         out=str(arguments.out),
         data=arguments.data,
@@ -262,7 +263,8 @@ def _project(arguments: argparse.Namespace, head: Head, held_out: Head, device: 
         columns=arguments.columns or {},
         images=arguments.images,
         tower=arguments.tower,
-        tower_is_timm=_is_timm(arguments.tower),
+        tower_is_timm=timm is not None,
+        grid_pool=_pooled(timm) if device.is_cpu else None,
         llm=arguments.llm,
         tokenizer=arguments.tokenizer,
         template=template,
@@ -282,10 +284,19 @@ def _project(arguments: argparse.Namespace, head: Head, held_out: Head, device: 
     )
 
 
-def _is_timm(tower: str | None) -> bool:
-    """Return whether a tower is a folder that timm saved."""
+def _timm_settings(tower: str | None) -> dict[str, Any] | None:
+    """Return timm's settings of a tower; None if it is no folder that timm saved."""
     path = Path(tower or "") / "config.json"
-    return tower is not None and path.exists() and "pretrained_cfg" in read_json(path)
+    if tower is None or not path.exists():
+        return None
+    found: dict[str, Any] | None = read_json(path).get("pretrained_cfg")
+    return found
+
+
+def _pooled(timm: Mapping[str, Any] | None) -> int | None:
+    """Return half the side of a tower's last feature map, which an export can write as well."""
+    side = ((timm or {}).get("pool_size") or [0])[0]
+    return side // 2 if side >= 4 else None
 
 
 # --- what fits

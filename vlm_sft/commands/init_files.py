@@ -29,6 +29,7 @@ class Project:
         images: Folder of relative image names; None: that of each file.
         tower: Vision tower.
         tower_is_timm: Whether it is a folder of timm.
+        grid_pool: Side of the grid that its image tokens are averaged to; None: all tokens.
         llm: Language model.
         tokenizer: Tokenizer; None: the language model's.
         template: Chat template of stage 2.
@@ -51,6 +52,7 @@ class Project:
     images: str | None
     tower: str | None
     tower_is_timm: bool
+    grid_pool: int | None
     llm: str | None
     tokenizer: str | None
     template: str
@@ -288,6 +290,10 @@ def _model(project: Project, *, quantized: bool) -> str:
     library, layers = "transformers", "[-2]       # the layer before the last, as in LLaVA"
     if project.tower_is_timm:
         library, layers = "timm", "[-1]       # the last feature map"
+    pool = ""
+    if project.grid_pool is not None:
+        tokens = project.grid_pool**2
+        pool = f"    grid_pool: {project.grid_pool}   # {tokens} tokens an image: for a CPU\n"
     return f"""\
 model:
   vision_tower:
@@ -295,7 +301,7 @@ model:
     name: {_text(project.tower)}
     feature_layers: {layers}
     feature_select: patch
-  projector_type: mlp2x_gelu
+{pool}  projector_type: mlp2x_gelu
   language_model:
     name: {_text(project.llm)}
 {tokenizer}{quantization}"""
@@ -307,11 +313,15 @@ def _data(project: Project, chosen: Chosen) -> str:
         if project.from_checkpoint
         else "  image_aspect: pad          # the whole image on a square\n"
     )
+    cache = ""
+    if project.device == "cpu":
+        folder = f"{project.runs}/features"
+        cache = f"  feature_cache: {_text(folder)}   # the tower runs once for both stages\n"
     return f"""\
   max_length: {chosen.max_length}            # tokens of a record, image tokens included
   length_policy: drop_turns  # longer records lose their last questions and answers
   on_error: stop             # quarantine: skip bad records and list them in ledger.jsonl
-{aspect}  num_workers: 2
+{aspect}{cache}  num_workers: 2
 """
 
 
