@@ -86,6 +86,11 @@ class Facts:
                 found[name] = count
         return found
 
+    def is_several(self, name: str) -> bool:
+        """Return whether there is more than one of the category, whatever their number."""
+        boxes = self.image.of(name)
+        return not self._has_mirror and (len(boxes) > 1 or any(box.crowd for box in boxes))
+
     @cached_property
     def _has_mirror(self) -> bool:
         return any(_MIRROR.search(caption) for caption in self.image.captions)

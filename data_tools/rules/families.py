@@ -99,9 +99,9 @@ def relations(facts: Facts, speaker: Speaker) -> list[Exchange]:
 def things(facts: Facts, asked: str = "", sides: Sequence[Region] = ()) -> str:
     """Return `two cats and a boat`: what is shown, the category with the largest area first.
 
-    Several are counted where their number is certain, else one is named. `asked` is named whenever
-    it is there. With `sides`, a single object that certainly lies in one of these halves is said
-    to: `a cat on the left and a boat`.
+    Several are counted where their number is certain, else `people` are named. `asked` is named
+    whenever it is there. With `sides`, a single object that certainly lies in one of these halves
+    is said to: `a cat on the left and a boat`.
     """
     named = facts.largest[:MOST_NAMED]
     if asked in facts.present and asked not in named:
@@ -109,7 +109,10 @@ def things(facts: Facts, asked: str = "", sides: Sequence[Region] = ()) -> str:
     halves = {box.category: half for box, half in facts.halves if half in sides}
     listed = []
     for name in named:
-        phrase = spelled(words.counted(name, facts.counts.get(name, 1)))
+        if name not in facts.counts and facts.is_several(name) and not words.is_mass(name):
+            phrase = spelled(words.plural(name))
+        else:
+            phrase = spelled(words.counted(name, facts.counts.get(name, 1)))
         side = halves.get(name)
         listed.append(phrase if side is None else f"{phrase} {_texts('sides')[side]}")
     return words.listed(listed)

@@ -1,5 +1,7 @@
 """Loading of the micro-batches of each step, and the error if a worker process dies."""
 
+import multiprocessing
+import os
 import signal
 from collections.abc import Iterator
 from types import FrameType
@@ -87,6 +89,19 @@ def test_steps_come_in_order_whatever_their_number_of_micro_batches(num_workers:
     )
     found = [[list(batch.record_ids) for batch in batches] for batches in loaded]
     assert found == [[[f"record-{i}" for i in indices] for indices in step] for step in steps]
+
+
+def test_a_worker_goes_on_loading_after_sigterm() -> None:
+    steps = [[[number % 6]] for number in range(40)]
+    collator = PaddedCollator(1, pad_token_id=0)
+    loaded = loader.load_steps(
+        Records(six_records()), iter(steps), collator=collator, num_workers=1
+    )
+    next(loaded)
+    (worker,) = multiprocessing.active_children()
+    assert worker.pid is not None
+    os.kill(worker.pid, signal.SIGTERM)
+    assert len(list(loaded)) == 39
 
 
 def test_steps_are_read_only_as_they_are_needed() -> None:

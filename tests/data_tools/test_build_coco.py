@@ -381,6 +381,17 @@ def test_captions_from_boxes_need_no_captions(tmp_path: Path) -> None:
     assert pairs == ["A dog."], "an image without boxes has unknown content"
 
 
+def test_several_of_an_uncertain_number_are_named_in_the_plural(tmp_path: Path) -> None:
+    crowd = [("dog", [20.0 * n, 0, 18, 18], 0) for n in range(9)]
+    files = write_coco(tmp_path, {1: [*crowd, ("cat", [0, 40, 60, 60], 1)]})
+    options = ("--captions-from", "boxes", "--answers", "evidence", "--families", "existence")
+    assert build_coco.main(arguments(files, *options)) == 0
+    pairs = [record["conversations"][1]["value"] for record in _read(files, "stage1")]
+    assert pairs == ["Cats and dogs."]
+    said = {record["conversations"][1]["value"] for record in _read(files, "stage2")}
+    assert {text.partition(", so")[0] for text in said} == {"I see cats and dogs"}
+
+
 def _turned(files: dict[str, Path], name: str, size: tuple[int, int]) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6

@@ -1,6 +1,7 @@
 """The DataLoader of a run: micro-batches, step after step, loaded ahead by worker processes."""
 
 import os
+import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,6 +21,10 @@ from vlm_sft.utils.filesystem import warn_once
 
 NOTICE_SECONDS = 5.0
 """How long to wait for torch's notice of a worker's death after the connection to it broke."""
+
+
+SECONDS_TO_FINISH = 120
+"""How long a worker lives on after SIGTERM, if the run does not end it before."""
 
 
 class Examples(RecordLengths, Protocol):
@@ -82,7 +87,7 @@ def load_steps(
         collate_fn=partial(_collate, collator),
         num_workers=num_workers,
         prefetch_factor=2 if num_workers else None,
-        worker_init_fn=_leave_process_group if num_workers else None,
+        worker_init_fn=_outlive_stop_signals if num_workers else None,
         # A generator of its own: the loader would draw its base seed from the global one.
         generator=torch.Generator(),
         pin_memory=torch.cuda.is_available(),
@@ -118,14 +123,17 @@ def _usable_workers(wanted: int) -> int:
     return min(wanted, cores)
 
 
-def _leave_process_group(_: int) -> None:
-    """Keep a worker from signals to the process group of the run, which Ctrl-C and `timeout` send.
+def _outlive_stop_signals(_: int) -> None:
+    """Keep a worker from signals to the process group of the run, or to all of its processes.
 
-    The run finishes its step first and needs its workers for that; it ends them itself, and they
-    end by themselves if it is killed.
+    Ctrl-C and `timeout` send them to the group, `pkill` and batch systems to each process. The run
+    finishes its step first and needs its workers for that; it ends them itself, and they end by
+    themselves if it is killed. A worker that hangs ends some time after SIGTERM.
     """
     if hasattr(os, "setpgid"):
         os.setpgid(0, 0)
+    if hasattr(signal, "alarm"):
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(SECONDS_TO_FINISH))
 
 
 def load_batch(
