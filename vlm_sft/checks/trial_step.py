@@ -1,6 +1,8 @@
 """Run the longest batch of a run forward and backward, and generate an answer, as in training."""
 
 import math
+import statistics
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, Final
@@ -28,6 +30,7 @@ from vlm_sft.train.optimizer import build_optimizer
 from vlm_sft.train.packing_check import prepare_packing
 from vlm_sft.train.train_step import explain_out_of_memory
 from vlm_sft.utils.libraries import library_call
+from vlm_sft.utils.progress import format_seconds
 
 CPU_FLOPS: Final = 2e12
 """Maximum work on a CPU, about a minute; of a larger batch only one record is used."""
@@ -62,7 +65,9 @@ def try_longest_batch(
             library_call("transformers", "model", "train on the longest batch"),
             report_out_of_memory(),
         ):
+            started = time.monotonic()
             loss = _loss_with_gradients(config, collator, data, model, chosen, device)
+            seconds = time.monotonic() - started
         _require_finite(loss)
         _require_gradients_where_trained(model)
         build_optimizer(parameters_by_part(model), config.optim)
@@ -73,6 +78,12 @@ def try_longest_batch(
             "all trained parts and no frozen part have gradients"
         )
         results.add("longest batch", "good", text)
+        if device.type == "cpu":
+            total = num_steps(config, sampler)
+            each = statistics.fmean(data.train.lengths) * config.train.global_batch_size
+            expected = format_seconds(seconds / positions(data.train, chosen) * each * total)
+            text = f"about {expected} on this machine for {total:,} steps, by the time of this batch"
+            results.add("duration", "good", text)
     model.zero_grad(set_to_none=True)
 
 
