@@ -44,7 +44,7 @@ def test_a_good_configuration_passes(tmp_path: Path, capsys: pytest.CaptureFixtu
     out = capsys.readouterr().out
     assert "24 of 24 records can be used" in out
     assert "was saved and read back" in out
-    assert "on this machine for 30 steps, by the time of this batch" in out
+    assert "on this machine for 30 steps, by this batch's time" in out
     assert "the run can start" in out
     assert list(tmp_path.iterdir()) == []
 

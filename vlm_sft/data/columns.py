@@ -123,7 +123,7 @@ def _require_one_kind(
         part = missing.split()[0]
         raise UserError(
             f"{where}: no column for {missing}; {_listed(header)}. Name it, e.g. "
-            f"columns: {{{part}: COLUMN}}",
+            f"columns: {{{part}: COLUMN}} (in a command: --columns {part}=COLUMN)",
             code="missing_column",
         )
     if columns.image is not None:
@@ -131,9 +131,10 @@ def _require_one_kind(
     likely = [column for column in header if is_image_name(example.get(column))]
     if likely or columns.text is not None:
         hint = f"{likely[0]!r} looks like it" if likely else _listed(header)
+        column = likely[0] if likely else "COLUMN"
         raise UserError(
             f"{where}: no column for the image; {hint}. Name it, e.g. "
-            f"columns: {{image: {likely[0] if likely else 'COLUMN'}}}",
+            f"columns: {{image: {column}}} (in a command: --columns image={column})",
             code="missing_column",
         )
 
