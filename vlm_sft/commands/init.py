@@ -63,6 +63,12 @@ SUITE_FILES: Final[Mapping[SuiteTask, str]] = {
 MOST_AT_ONCE: Final = 8
 """Records of a micro-batch; with more, a step gets hardly faster."""
 
+ONE_EPOCH: Final = 50_000
+"""From how many records a run has one epoch."""
+
+ONE_EPOCH_ON_CPU: Final = 64
+"""The same without a GPU: a small model takes about a second a record."""
+
 LENGTHS: Final = (4096, 2048, 1024, 512, 256)
 """Limits of a record's tokens that are tried in turn, if the longest records do not fit."""
 
@@ -341,7 +347,8 @@ def _plan(
     shorten: bool,
 ) -> Chosen | None:
     """Return the settings with which a method fits the device; None if there are none."""
-    epochs = 1 if head.count >= 50_000 else 3
+    # LLaVA trains one epoch; a small file needs more of them, for which a CPU takes too long.
+    epochs = 1 if head.count >= (ONE_EPOCH_ON_CPU if device.is_cpu else ONE_EPOCH) else 3
     most = 256 if method == "stage1" else 128
     batch = min(most, max(8, 2 ** int(head.count * epochs / 100).bit_length() // 2))
     steps = max(1, math.ceil(head.count * epochs / batch))

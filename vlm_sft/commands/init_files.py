@@ -344,7 +344,7 @@ def _train(project: Project, chosen: Chosen) -> str:
     every = saves if project.eval is not None and chosen.method != "stage1" else "null"
     return f"""\
 train:
-  epochs: {chosen.epochs}
+  epochs: {chosen.epochs}                  # more learn more and take longer
   global_batch_size: {chosen.global_batch_size}      # records of an optimizer step
   micro_batch_size: {chosen.micro_batch_size}       # of them at once, for memory and speed only
   precision: {project.precision}
