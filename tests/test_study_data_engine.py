@@ -188,7 +188,7 @@ def test_rows_of_best_of_n_compare_with_both_other_models(tmp_path: Path) -> Non
     model = lesson_model(tmp_path)
     study = study_best_of_n.Study(model, 1, many=4, number=2)
     folder = tmp_path / "best-of-n/seed1"
-    for name, right in (("early", [0]), ("few", [0, 1])):
+    for name, right in (("before", [0]), ("few", [0, 1])):
         results(folder / f"{name}-evaluation", right)
     results(folder / "rounds/round-1/evaluation", [0, 1, 2])
     samples = folder / "rounds/round-1/samples"
@@ -210,7 +210,7 @@ def test_rows_of_best_of_n_compare_with_both_other_models(tmp_path: Path) -> Non
     row = study.row("round-1")
     assert row["accuracy"] == "75.0% (37.5% to 75.0%)" and row["records"] == 2 + 2
     assert row["gain"].startswith("+0.500") and row["minus_few"].startswith("+0.250")
-    assert "gain" not in study.row("early") and study.row("few")["records"] == 2
+    assert "gain" not in study.row("before") and study.row("few")["records"] == 2
     assert study.round(1)["true"] == "50.0%"
 
 

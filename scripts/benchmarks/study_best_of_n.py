@@ -3,11 +3,11 @@
     scripts/benchmarks/study_best_of_n              # seeds 1 and 2
     scripts/benchmarks/study_best_of_n --seeds 1
 
-The base model was trained on a few descriptions of scenes ("I see a cat and two boats."), and
-stopped early. Of many more scenes only the boxes are known. `vlm-sft sample --score verifier
---rounds 2` samples descriptions of them, keeps for each scene the one of which the boxes support
-most and contradict nothing, and trains on these and on the few; twice. The controls train as many
-steps from the same model:
+The base model was trained on a few descriptions of scenes ("I see a cat and two boats.") until
+they taught it little more. Of many more scenes only the boxes are known. `vlm-sft sample --score
+verifier --rounds 2` samples descriptions of them, keeps for each scene the one of which the boxes
+support most and contradict nothing, and trains on these and on the few; twice. The controls train
+as many steps from the same model:
 
     few   on the few alone
     all   on the few and on true descriptions of the many: what is to be had at best
@@ -32,9 +32,10 @@ from vlm_sft.evaluation.suites.compare import compare_results, read_results
 from vlm_sft.utils.atomic_files import write_json
 
 TITLE: Final = "Best of N by the verifier, against further training"
-STEPS: Final = 50
+BASE_STEPS, STEPS = 150, 100
+"""Optimizer steps on the few until the study begins, and of each run."""
 ROWS: Final = {
-    "early": "before: trained on the few, stopped early",
+    "before": "before: trained on the few",
     "few": "control: further on the few",
     "all": "control: further on the few and true descriptions of the many",
     "round-1": "best of N, round 1",
@@ -81,14 +82,19 @@ def main(argv: Sequence[str]) -> int:
             ("Existence of objects in held-out scenes", COLUMNS, rows),
             ("What was sampled", SAMPLE_COLUMNS, samples),
         ],
-        details={"steps": STEPS, "many": arguments.many, "n": arguments.n},
+        details={
+            "base_steps": BASE_STEPS,
+            "steps": STEPS,
+            "many": arguments.many,
+            "n": arguments.n,
+        },
         facts=facts,
     )
     return 0
 
 
 class Study:
-    """One seed: its questions, the early model, two rounds and the controls.
+    """One seed: its questions, the model before, two rounds and the controls.
 
     Args:
         model: The scenes and the model that every run starts from.
@@ -110,16 +116,16 @@ class Study:
 
     def rows(self) -> list[dict[str, Any]]:
         """Train and ask what is missing; return the rows of the table."""
-        few, many, early = self._model.lessons, self._many, self._model.base
-        self._ask("early", early)
+        few, many, before = self._model.lessons, self._many, self._base()
+        self._ask("before", before)
         for name, files in (("few", [few]), ("all", [few, many])):
             run, config = self._folder / name, self._folder / f"{name}.yaml"
-            self._model.write_config(config, files, steps=STEPS, start_from=early)
+            self._model.write_config(config, files, steps=STEPS, start_from=before)
             if not (run / "final").is_dir():
                 run_module("vlm_sft.stage2", [str(config), f"output_dir={run}"])
             self._ask(name, run / "final")
         sample = [
-            *(str(early), str(many), "--images", str(self._model.images("train"))),
+            *(str(before), str(many), "--images", str(self._model.images("train"))),
             *("--score", "verifier", "--n", str(self._number), "--annotations"),
             *(str(self._model.annotations("train", what)) for what in ("instances", "captions")),
             *(
@@ -158,6 +164,19 @@ class Study:
             "true": f"{statistics.mean(true):.1%}",
         }
 
+    def _base(self) -> Path:
+        """Return the model before, which both seeds share; train it if it is missing."""
+        folder = self._folder.parent / "base"
+        self._model.write_config(
+            folder.with_suffix(".yaml"),
+            [self._model.lessons],
+            steps=BASE_STEPS,
+            start_from=self._model.base,
+        )
+        if not (folder / "final").is_dir():
+            run_module("vlm_sft.stage2", [f"{folder}.yaml", f"output_dir={folder}"])
+        return folder / "final"
+
     @property
     def _rounds(self) -> Path:
         return self._folder / "rounds"
@@ -175,12 +194,12 @@ class Study:
 
     def row(self, name: str) -> dict[str, Any]:
         """Return the row of a model that has been asked."""
-        results, early, few = (
-            read_results(self._evaluation(one)) for one in (name, "early", "few")
+        results, before, few = (
+            read_results(self._evaluation(one)) for one in (name, "before", "few")
         )
         scores = results.tasks["existence"]["conditions"]["right"]
         low, high = scores["prompt_strict_interval"]
-        many = 0 if name in ("early", "few") else self._counts["many"]
+        many = 0 if name in ("before", "few") else self._counts["many"]
         if name.startswith("round"):
             with (self._rounds / name / "samples/train.jsonl").open("rb") as lines:
                 many = sum(1 for _ in lines)
@@ -190,7 +209,7 @@ class Study:
             "records": self._counts["few"] + many,
             "accuracy": f"{scores['prompt_strict']:.1%} ({low:.1%} to {high:.1%})",
         }
-        for key, other in (("gain", early), ("minus_few", few)):
+        for key, other in (("gain", before), ("minus_few", few)):
             if other.path != results.path:
                 (compared,) = compare_results(other, results)["comparisons"]
                 row[key] = _difference(compared["difference"])

@@ -82,9 +82,7 @@ def try_longest_batch(
             total = num_steps(config, sampler)
             each = statistics.fmean(data.train.lengths) * config.train.global_batch_size
             expected = format_seconds(seconds / positions(data.train, chosen) * each * total)
-            text = (
-                f"about {expected} on this machine for {total:,} steps, by this batch's time"
-            )
+            text = f"about {expected} on this machine for {total:,} steps, by this batch's time"
             results.add("duration", "good", text)
     model.zero_grad(set_to_none=True)
 
