@@ -166,7 +166,8 @@ def _table(summary: Mapping[str, Any]) -> Iterator[str]:
             "unknown, so they give captions only"
         )
     if counts["without_captions"]:
-        yield f"{counts['without_captions']} images have no captions: no descriptions of them"
+        count = counts["without_captions"]
+        yield f"{count} images have no captions: stage2.json does not ask to describe them"
     if splits := counts["evaluation_splits"]:
         named = ", ".join(f"{split} {count}" for split, count in splits.items())
         yield (
@@ -185,7 +186,8 @@ def _table(summary: Mapping[str, Any]) -> Iterator[str]:
             yield f"{'':<20} left out, for the verifier rejects them: {codes}"
         if "existence_by_category_alone" in made:
             share = made["existence_by_category_alone"]
-            yield f"{'':<20} existence guessed from the category's name alone: {share:.1%}"
+            text = f"existence guessed from the category's name alone: {share:.1%} (50% is best)"
+            yield f"{'':<20} {text}"
 
 
 def _why_empty(name: str, summary: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Final, NoReturn
@@ -271,6 +271,8 @@ def require_folder(option: str, path: Path) -> None:
 def heavy_imports() -> Iterator[None]:
     """Import torch and other slow libraries in this block, after arguments and files are checked.
 
+    Where that takes long, a line says so.
+
     The garbage collector rests meanwhile, and ignores afterwards what was imported: it would go
     through a million live objects again and again, a fifth of the whole time.
 
@@ -285,10 +287,16 @@ def heavy_imports() -> Iterator[None]:
     if ours:
         signal.signal(signal.SIGINT, exit_at_once)
     first = gc.isenabled() and "torch" not in sys.modules
+    shown: AbstractContextManager[None] = nullcontext()
     if first:
         gc.disable()
+        from vlm_sft.utils.progress import LINE_SECONDS, waiting
+
+        seconds = 3.0 if sys.stderr.isatty() else LINE_SECONDS
+        shown = waiting("importing torch and transformers", seconds=seconds)
     try:
-        yield
+        with shown:
+            yield
     finally:
         if first:
             gc.freeze()

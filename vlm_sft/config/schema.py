@@ -268,17 +268,18 @@ class ColumnNames(Section):
 
     @classmethod
     def of_option(cls, columns: Mapping[str, str] | None) -> Self:
-        """Return the columns that the option --columns names; None if it was not given.
+        """Return the columns that the option --columns names; `caption` is another word for text.
 
         Raises:
             ConfigError: A part is none that a table can have.
         """
-        parts = list(cls.model_fields)
-        for part in columns or {}:
-            if part not in parts:
-                expected = ", ".join(parts)
+        given = (columns or {}).items()
+        parts = {"text" if part == "caption" else part: name for part, name in given}
+        for part in parts:
+            if part not in cls.model_fields:
+                expected = ", ".join(cls.model_fields)
                 raise ConfigError(f"--columns: {part} is no part; expected one of {expected}")
-        return cls.model_validate(columns or {})
+        return cls.model_validate(parts)
 
 
 class DataFile(Section):
