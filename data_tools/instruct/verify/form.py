@@ -14,6 +14,8 @@ from data_tools.instruct.verify.numbers import number_of
 TOLERANT: Final = 12
 """One sentence that guesses is accepted next to others, or where it has this many words, which
 leave room for a reason."""
+BARE: Final = 5
+"""A verdict of no more words than this that guesses is a guess and nothing else."""
 OPENING: Final = 16
 """A description that guesses within this many characters (`It looks like a ...`) guesses as a
 whole."""
@@ -149,11 +151,22 @@ def _hedged(cases: Sequence[Case], sample_type: SampleType) -> Iterator[Check]:
     long = total > 1 or len(cases) > 1 or len(cases[0].answer_reading.spoken) >= TOLERANT
     if most > 0 and long and not (opens and sample_type == "detail"):
         most = max(most, 2 if len(cases) > 2 else 1)
-    if guessing > most:
+    if guessing > most or any(map(_is_guessed_verdict, cases)):
         yield Check(
             rule="hedge", verdict="contradicted", code="HEDGED", turn=None, part=None, span=None,
             claim=f"{guessing} of {total} sentences guess", evidence=(),
         )  # fmt: skip
+
+
+def _is_guessed_verdict(case: Case) -> bool:
+    """Return whether a verdict or number is nothing but a guess: `Maybe yes.`"""
+    return (
+        len(case.answer_reading.spoken) <= BARE
+        and case.question.kind != "open"
+        and case.turn.kind != "cannot_tell"
+        and not _wants_guess(case.question_reading.words)
+        and hedged_sentences(case)[0] > 0
+    )
 
 
 def _wants_guess(question: Sequence[str]) -> bool:
