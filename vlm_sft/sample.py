@@ -129,7 +129,7 @@ def parser() -> CommandParser:
     add("--answers", type=Path, metavar="FILE", help=answers)
     name = "VQA: name of the image of an image_id, e.g. {image_id}.jpg"
     add("--image-name", metavar="TEXT", help=name)
-    add_columns_option(add, "--data")
+    add_columns_option(add, "DATA")
     links = "allow symbolic links that leave --images"
     add("--follow-symlinks", action="store_true", help=links)
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1, ...; default: cuda if available")

@@ -108,6 +108,12 @@ def test_captions_are_asked_for_with_the_same_words_in_stage_2_and_in_the_suite(
     assert configs["stage1"].data.template == "plain"  # which drops questions
 
 
+def test_a_column_may_be_named_as_caption(folder, tmp_path):
+    given = ("--data", str(folder / "captions.csv"), "--columns", "image=image,caption=caption")
+    (file,) = run(folder, tmp_path / "my", *given)["stage2"].data.train
+    assert (file.columns.image, file.columns.text) == ("image", "caption")
+
+
 @pytest.mark.parametrize(
     ("steps", "between"), [(3, 10), (24, 10), (240, 20), (1500, 100), (5_000, 500), (90_000, 500)]
 )

@@ -15,7 +15,8 @@ from pyarrow import parquet
 
 from data_tools.overlap import main as overlap
 from data_tools.split import main
-from vlm_sft.config.schema import ColumnNames, DataFile
+from vlm_sft.commands.parser import _table_columns
+from vlm_sft.config.schema import DataFile
 from vlm_sft.data.conversation import Conversation
 from vlm_sft.data.images import read_bytes
 from vlm_sft.data.records import read_records
@@ -188,7 +189,7 @@ def test_a_table_with_other_columns_is_split_by_their_names(tmp_path: Path) -> N
     columns = ["--columns", "image=file,question=q,answer=a"]
     train, held_out = split(table, photos, tmp_path / "out", *columns)
     assert len(train) + len(held_out) == 6 and held_out
-    assert ColumnNames.of_option({"image": "f", "caption": "c"}) == ColumnNames(image="f", text="c")
+    assert _table_columns("image=f, caption=c") == {"image": "f", "text": "c"}
     for wrong, message in (("file", "expected PART=COLUMN"), ("photo=file", "photo is no part")):
         with pytest.raises(UserError, match=message):
             split(table, photos, tmp_path / "out", "--columns", wrong)

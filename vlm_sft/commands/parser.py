@@ -365,10 +365,12 @@ def add_columns_option(add: Callable[..., Any], of: str) -> None:
 
 
 def _table_columns(text: str) -> dict[str, str]:
+    """Return columns by part; `caption`, as tables often name it, is the part `text`."""
     pairs = [pair.partition("=") for pair in text.split(",")]
     if not all(part.strip() and column.strip() for part, _, column in pairs):
         raise argparse.ArgumentTypeError("expected PART=COLUMN,..., e.g. image=file,text=caption")
-    return {part.strip(): column.strip() for part, _, column in pairs}
+    columns = {part.strip(): column.strip() for part, _, column in pairs}
+    return {"text" if part == "caption" else part: name for part, name in columns.items()}
 
 
 def add_template_option(parser: argparse.ArgumentParser) -> None:

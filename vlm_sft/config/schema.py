@@ -268,18 +268,16 @@ class ColumnNames(Section):
 
     @classmethod
     def of_option(cls, columns: Mapping[str, str] | None) -> Self:
-        """Return the columns that the option --columns names; `caption` is another word for text.
+        """Return the columns that the option --columns names; none if it was not given.
 
         Raises:
             ConfigError: A part is none that a table can have.
         """
-        given = (columns or {}).items()
-        parts = {"text" if part == "caption" else part: name for part, name in given}
-        for part in parts:
+        for part in columns or {}:
             if part not in cls.model_fields:
                 expected = ", ".join(cls.model_fields)
                 raise ConfigError(f"--columns: {part} is no part; expected one of {expected}")
-        return cls.model_validate(parts)
+        return cls.model_validate(columns or {})
 
 
 class DataFile(Section):
