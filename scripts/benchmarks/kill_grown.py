@@ -99,7 +99,7 @@ class Killed:
     starts: int = 0
 
     def generation(self, name: str, kills: int) -> None:
-        """Run all commands of a generation, with so many kills."""
+        """Run all commands of a generation, and kill them `kills` times."""
         of = Counter(OTHERS[n % len(OTHERS)] for n in range(kills - _of_generate(kills)))
         first = of["grow"] // 2
         mixed = ["generate"] * _of_generate(kills) + ["grow"] * (of["grow"] - first)
@@ -115,7 +115,7 @@ class Killed:
         process = self.start(name, stage)
         while not self.is_reached(name, stage, process):
             _end(process)
-            assert stage != "generate", "there are too few requests for so many kills"
+            assert stage != "generate", "fewer requests than kills need; lower --kills"
             process = self.start(name, stage)
         process.kill()
         process.join()

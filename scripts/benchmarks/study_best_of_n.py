@@ -10,7 +10,7 @@ support most and contradict nothing, and trains on these and on the few; twice. 
 as many steps from the same model:
 
     few   on the few alone
-    all   on the few and on true descriptions of the many: what is to be had at best
+    all   on the few and on true descriptions of the many: the upper limit
 
 All are asked about held-out scenes. As the scenes are known exactly, so is whether the kept samples
 are wholly true. The model is that of study_model.py; a repeated command goes on.

@@ -2,7 +2,7 @@
 
 The quickstart's scenes and frozen encoder (EfficientNet-Lite0), but instead of SmolLM2 a Llama with
 1.7 million parameters and a vocabulary of the scenes' own words. It learns to say what a fifth of
-the scenes show ("I see a cat and two boats."), which is the base model. A study goes on from there
+the scenes show ("I see a cat and two boats."), which is the base model. A study starts from it
 with the other scenes, and trains all but the encoder. A run takes less than a minute of one core,
 where SmolLM2 takes ten.
 

@@ -27,6 +27,7 @@ from study_model import StudyModel, run_module
 
 from vlm_sft.commands.run_command import run_command
 from vlm_sft.utils.atomic_files import write_json, write_text
+from vlm_sft.utils.words import counted
 
 TITLE: Final = "Selection of records of which 30 % are wrong, against random ones"
 STEPS: Final = {"scorer": 50, "control": 50}
@@ -219,7 +220,7 @@ def exchanged(
             human, reply = record["conversations"]
             named = reply["value"].removeprefix("I see ").removesuffix(".").split(" and ")
             name = rng.choice(sorted(truth[""] - truth[record["image"]]))
-            named[rng.randrange(len(named))] = f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+            named[rng.randrange(len(named))] = counted(name, 1)
             text = f"I see {' and '.join(named)}."
             record = {**record, "conversations": [human, {**reply, "value": text}]}
         made.append(record)

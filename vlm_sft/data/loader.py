@@ -22,7 +22,6 @@ from vlm_sft.utils.filesystem import warn_once
 NOTICE_SECONDS = 5.0
 """How long to wait for torch's notice of a worker's death after the connection to it broke."""
 
-
 SECONDS_TO_FINISH = 120
 """How long a worker lives on after SIGTERM, if the run does not end it before."""
 

@@ -129,7 +129,7 @@ def _write_run(
         parent_run: The run that is grown.
         material: What the requests were made from.
         requests: The requests.
-        guard: What was found about the images, those that are asked about anew among them.
+        guard: What the split guard found about the images, including those that get new questions.
         number: Requests per operator and image; those of the next generation go on after them.
     """
     config, images, templates = material.config, material.images, material.templates

@@ -138,11 +138,12 @@ def _all_yes(cases: Sequence[Case], sample_type: SampleType) -> Iterator[Check]:
 def _hedged(cases: Sequence[Case], sample_type: SampleType) -> Iterator[Check]:
     if sample_type == "reasoning" or not cases:
         return
-    counts = [
-        hedged_sentences(case)
+    may_not_guess = [
+        case
         for case in cases
         if case.turn.kind != "cannot_tell" and not _wants_guess(case.question_reading.words)
     ]
+    counts = [hedged_sentences(case) for case in may_not_guess]
     guessing, total = sum(n for n, _ in counts), sum(n for _, n in counts)
     if not guessing:
         return
@@ -151,22 +152,17 @@ def _hedged(cases: Sequence[Case], sample_type: SampleType) -> Iterator[Check]:
     long = total > 1 or len(cases) > 1 or len(cases[0].answer_reading.spoken) >= TOLERANT
     if most > 0 and long and not (opens and sample_type == "detail"):
         most = max(most, 2 if len(cases) > 2 else 1)
-    if guessing > most or any(map(_is_guessed_verdict, cases)):
+    pairs = zip(may_not_guess, counts, strict=True)
+    if guessing > most or any(number and _is_bare_verdict(case) for case, (number, _) in pairs):
         yield Check(
             rule="hedge", verdict="contradicted", code="HEDGED", turn=None, part=None, span=None,
             claim=f"{guessing} of {total} sentences guess", evidence=(),
         )  # fmt: skip
 
 
-def _is_guessed_verdict(case: Case) -> bool:
-    """Return whether a verdict or number is nothing but a guess: `Maybe yes.`"""
-    return (
-        len(case.answer_reading.spoken) <= BARE
-        and case.question.kind != "open"
-        and case.turn.kind != "cannot_tell"
-        and not _wants_guess(case.question_reading.words)
-        and hedged_sentences(case)[0] > 0
-    )
+def _is_bare_verdict(case: Case) -> bool:
+    """Return whether an answer is a verdict or number and nothing else: `Maybe yes.`"""
+    return len(case.answer_reading.spoken) <= BARE and case.question.kind != "open"
 
 
 def _wants_guess(question: Sequence[str]) -> bool:
