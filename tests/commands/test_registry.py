@@ -143,3 +143,28 @@ def test_a_deleted_current_directory_is_one_sentence(tmp_path: Path) -> None:
     )
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert "the current directory was deleted; change to one that exists" in done.stderr
+
+
+ENDS = """
+import atexit, sys, threading
+sys.argv = ["vlm-sft", *{arguments!r}]
+import vlm_sft
+class Kept:
+    def __del__(self):
+        print("freed")
+kept = Kept()
+atexit.register(print, "closed")
+threading.Thread(target=lambda: (threading.main_thread().join(), print("joined"))).start()
+import runpy
+runpy.run_module("vlm_sft", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(("arguments", "code"), [(["errors"], 0), (["errors", "nonsense"], 2)])
+def test_a_command_ends_its_threads_and_handlers_and_frees_nothing(
+    arguments: list[str], code: int
+) -> None:
+    program = ENDS.format(arguments=arguments)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == code, done.stderr
+    assert done.stdout.endswith("joined\nclosed\n")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import IO
 
-from vlm_sft.commands.registry import raise_on_ctrl_c
+from vlm_sft.commands.registry import exit_command, raise_on_ctrl_c
 from vlm_sft.errors import UserError, code_of, error_line
 from vlm_sft.utils.libraries import missing_extra
 from vlm_sft.utils.streams import accept_any_text
@@ -49,7 +49,7 @@ def run_command(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None
     except KeyboardInterrupt:
         _print_last("stopped by Ctrl-C; files already saved, if any, are complete")
         code = 130
-    sys.exit(code)
+    exit_command(code)
 
 
 def _main_and_flush(main: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> int:
