@@ -47,6 +47,11 @@ def test_a_good_configuration_passes(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "on this machine for 30 steps, by this batch's time" in out
     assert "the run can start" in out
     assert list(tmp_path.iterdir()) == []
+    assert "consumers" not in out and "would load the exported folder" not in out
+    assert "that need no action: print them with --all" in out
+    assert check.main([CONFIG, f"output_dir={tmp_path}", "--all"]) == 0
+    out = capsys.readouterr().out
+    assert "consumers" in out and "no action" not in out
 
 
 def test_fewer_records_than_a_batch_are_a_warning(
@@ -98,7 +103,7 @@ def test_few_missing_images_are_told_one_by_one(
     assert capsys.readouterr().err.count("bad record: VS201: ") == 3
 
 
-def test_a_bad_output_dir_is_said_first_and_with_another_name(
+def test_a_bad_output_dir_is_said_first_and_last_and_with_another_name(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
@@ -113,8 +118,9 @@ def test_a_bad_output_dir_is_said_first_and_with_another_name(
     assert output.err.startswith("BAD output_dir: ")
     assert f"choose another output_dir, e.g. output_dir={tmp_path / 'run-3'}" in output.err
     rows = output.out.splitlines()
-    first = next(row for row in rows if "│" in row)
-    assert "output_dir" in first and "BAD" in first
+    bad = next(number for number, row in enumerate(rows) if "BAD" in row)
+    assert "output_dir" in rows[bad]
+    assert not any(" good " in row or " note " in row for row in rows[bad:])
 
 
 def test_every_bad_record_is_in_the_file_of_bad_records(

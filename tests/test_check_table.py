@@ -401,7 +401,7 @@ def test_what_only_looks_odd_passes_and_trains(
 ) -> None:
     stage, changes = GOOD[name]
     path = configuration(tmp_path, stage, changes)
-    code, text = run_and_read(lambda: check.main([path]), capsys)
+    code, text = run_and_read(lambda: check.main([path, "--all"]), capsys)
     assert code == 0, text
     export = "export --to hf note not possible" if "exported" in name else OUTLOOK
     assert export in text

@@ -405,7 +405,7 @@ def test_without_the_sentencepiece_file_nothing_is_compared() -> None:
 
 def test_a_template_for_one_exchange_lists_what_it_does_not_accept() -> None:
     finding = findings(byte_tokenizer(), "plain")["template_limits"]
-    assert "not 3 turns, system, 3 turns about an image" in finding.found
+    assert "would refuse 3 turns, system, 3 turns about an image" in finding.found
 
 
 def test_a_template_that_accepts_nothing_is_bad() -> None:

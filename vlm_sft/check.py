@@ -64,6 +64,7 @@ def parser() -> CommandParser:
     add = parser.add_argument
     add("config", metavar="CONFIG.yaml", nargs="?", help="configuration of a run")
     add_overrides(parser)
+    add("--all", action="store_true", help="print the notes that need no action, too")
     add("--no-model", action="store_true", help="check only data and images, without the model")
     add(
         "--bad",

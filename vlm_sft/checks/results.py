@@ -34,11 +34,13 @@ class CheckResults:
 
     Attributes:
         lines: One line per result.
+        asides: Subjects of notes that need no action, such as what other programs would do.
         strict: Warnings count as failures.
     """
 
     def __init__(self, *, strict: bool = False) -> None:
         self.lines: list[Line] = []
+        self.asides: set[str] = set()
         self.strict = strict
 
     @property
@@ -69,6 +71,8 @@ class CheckResults:
         """Add the findings about tokenizer and chat template."""
         for f in findings:
             self.add(f.what, f.level, f"{f.found}; {f.advice}" if f.advice else f.found)
+            if f.level == "note":
+                self.asides.add(f.what)
 
     def add_duplicates(self, duplicates: DuplicateFinder) -> None:
         """Add a warning for each repeated id, record and validation image."""
@@ -90,10 +94,21 @@ class CheckResults:
             text = f"all {layout.num_questions:,} questions about images have the layout of chat"
             self.add("image layout", "good", text)
 
-    def print(self) -> None:
-        """Print a table on stdout, what is bad first, and whether the run can start."""
-        bad_first = sorted(self.lines, key=lambda line: line[1] != "bad")
-        print_lines("check", bad_first)
+    def print(self, *, asides: bool = False) -> None:
+        """Print a table on stdout, what is bad at its end, and whether the run can start.
+
+        Args:
+            asides: Whether to print the notes of `asides`, too; otherwise they are counted.
+        """
+        shown = [
+            (what, level, text)
+            for what, level, text in self.lines
+            if asides or level != "note" or what not in self.asides
+        ]
+        print_lines("check", sorted(shown, key=lambda line: line[1] == "bad"))
+        if left := len(self.lines) - len(shown):
+            notes = "1 note" if left == 1 else f"{left} notes"
+            echo(f"{notes} that need no action: print them with --all", file=sys.stdout)
         echo("the run can start" if self.passed else FAILED, file=sys.stdout)
 
 

@@ -100,7 +100,7 @@ def check_run(config: RunConfig, arguments: argparse.Namespace) -> int:
     if not arguments.no_model:
         with results.check("model"):
             check_model(config, chat_tokenizer, results, resumed, records_are_good=not num_bad)
-    results.print()
+    results.print(asides=arguments.all)
     return 0 if results.passed else 2
 
 
@@ -275,6 +275,7 @@ def _check_export(
     results.add("export --to hf", "note" if obstacles else "good", summarize_obstacles(obstacles))
     if not obstacles:
         results.add("consumers", "note", describe_consumers(export_consumers(model)))
+        results.asides.add("consumers")
 
 
 def _check_data(
