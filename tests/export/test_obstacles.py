@@ -102,6 +102,7 @@ def test_each_part_that_no_class_holds_is_one_sentence_and_the_export_repeats_it
     "parts",
     [
         {"lora": LoraConfig(r=2)},
+        {"language_model": {**LLAMA, "tie_word_embeddings": True}},
         {"language_model": GRANITE},
         {"language_model": COHERE},
         {"language_model": GPT2},

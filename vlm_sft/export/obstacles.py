@@ -13,6 +13,7 @@ from vlm_sft.export.stock import (
     stock_projector,
     stock_text_config,
     stock_vision,
+    tied_config,
 )
 from vlm_sft.model.language_model import causal_lm
 from vlm_sft.model.vlm import VisionLanguageModel
@@ -62,5 +63,7 @@ def export_consumers(model: VisionLanguageModel) -> list[Consumer]:
     rows = language_model.get_input_embeddings().weight.shape[0]
     with torch.random.fork_rng(devices=[]):
         tower = stock_vision(model)
-    text_config = stock_text_config(language_model, rows)
-    return hf_consumers(stock_config(model, tower, text_config, image_token_id=rows))
+        text_config = stock_text_config(language_model, rows)
+        config = stock_config(model, tower, text_config, image_token_id=rows)
+        config = tied_config(language_model, tower.model_class, config)
+    return hf_consumers(config)

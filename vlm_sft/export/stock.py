@@ -488,16 +488,29 @@ def body_of(language_model: PreTrainedModel, stock: PreTrainedModel) -> nn.Modul
     )
 
 
-def can_tie(stock: PreTrainedModel) -> bool:
-    """Return whether the stock class can tie its head to the embeddings of this family."""
-    names = cast(Any, stock).model.language_model.state_dict()
-    return "embed_tokens.weight" in names
+def tied_config(
+    language_model: PreTrainedModel,
+    model_class: type[PreTrainedModel],
+    config: PretrainedConfig,
+) -> PretrainedConfig:
+    """Return `config`, with the head tied to the embeddings if the language model's is.
 
+    The head stays its own matrix where the stock class cannot tie it for this family, and where the
+    logits are scaled: the stock head has no scale, so it goes into the weights of the head.
 
-def tie(config: PretrainedConfig) -> None:
-    """Tie the head of the stock class to its embeddings."""
-    both: Any = config  # both levels must agree
-    both.tie_word_embeddings = both.text_config.tie_word_embeddings = True
+    Args:
+        language_model: A causal language model.
+        model_class: The vision-language class.
+        config: As `stock_config` returns it; it is changed.
+    """
+    head: Any = language_model.get_output_embeddings()
+    table = language_model.get_input_embeddings().weight
+    shared = head.weight.data_ptr() == table.data_ptr() and head_scale(language_model) == 1.0
+    stock: Any = empty_stock_model(model_class, config)
+    if shared and "embed_tokens.weight" in stock.model.language_model.state_dict():
+        both: Any = config  # both levels must agree
+        both.tie_word_embeddings = both.text_config.tie_word_embeddings = True
+    return config
 
 
 def require_language_model(language_model: PreTrainedModel) -> None:

@@ -10,14 +10,13 @@ from vlm_sft.export.stock import (
     ROW_MULTIPLE,
     StockTower,
     body_of,
-    can_tie,
     empty_stock_model,
     exported,
     head_scale,
     stock_config,
     stock_projector,
     stock_text_config,
-    tie,
+    tied_config,
 )
 from vlm_sft.model.vlm import VisionLanguageModel
 
@@ -50,15 +49,9 @@ def build_stock_model(
     if rows < wanted:  # `<image>` was added after the last row
         rows = -(-wanted // ROW_MULTIPLE) * ROW_MULTIPLE
     head: Any = language_model.get_output_embeddings()
-    # The stock head is a plain matrix, so a scale of the logits goes into its weights. A scaled
-    # head differs from the embeddings and can no longer be tied to them.
-    scale = head_scale(language_model)
-    shared = head.weight.data_ptr() == table.data_ptr() and scale == 1.0
     config = stock_config(model, tower, stock_text_config(language_model, rows), image_token_id)
+    config = tied_config(language_model, tower.model_class, config)
     stock = empty_stock_model(tower.model_class, config)
-    if shared and can_tie(stock):
-        tie(config)
-        stock = empty_stock_model(tower.model_class, config)
 
     state = {f"model.vision_tower.{k}": v for k, v in tower.encoder.state_dict().items()}
     for key, value in stock_projector(model).items():
@@ -74,7 +67,7 @@ def build_stock_model(
         state["lm_head.weight"] = grown
     else:
         # A copy: safetensors does not store two tensors that share memory.
-        state["lm_head.weight"] = _add_rows(head.weight.detach() * scale, rows)
+        state["lm_head.weight"] = _add_rows(head.weight.detach() * head_scale(language_model), rows)
     _load(stock, {key: _cast(value, dtype) for key, value in state.items()}, dtype)
     return stock
 
