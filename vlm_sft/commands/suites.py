@@ -9,6 +9,7 @@ from typing import IO, Any, Final
 from rich import box
 from rich.table import Table
 
+from vlm_sft.commands.parser import heavy_imports
 from vlm_sft.evaluation.endpoint import Endpoint
 from vlm_sft.evaluation.suites.answer_log import ANSWERS, Answer
 from vlm_sft.evaluation.suites.answering import (
@@ -28,6 +29,7 @@ from vlm_sft.evaluation.suites.results import (
     score_task,
     visual_necessity,
     with_true_answers,
+    without_own_image,
 )
 from vlm_sft.evaluation.suites.tasks import Key, Task, plan, read_task
 from vlm_sft.utils.atomic_files import write_json, write_text
@@ -73,7 +75,7 @@ def run_suite(suite: SuiteConfig, arguments: argparse.Namespace) -> int:
     write_results(out, results, tasks, found)
     console = Console()
     console.print(scores_table(found))
-    for line in _notes(results, found):
+    for line in _notes(results, found, suite.seed):
         echo(line, file=sys.stdout)
     echo(f"report: {out / REPORT}", file=sys.stdout)
     return 0
@@ -184,9 +186,9 @@ def _answerer(arguments: argparse.Namespace) -> Answerer:
     if arguments.base_url is not None:
         endpoint = Endpoint(arguments.base_url, arguments.model, arguments.api_key_env)
         return EndpointAnswerer(endpoint, concurrency=arguments.concurrency)
-    from vlm_sft.checkpoint.base_models import parse_bases
-    from vlm_sft.inference.loaded_model import load_checkpoint
-
+    with heavy_imports():
+        from vlm_sft.checkpoint.base_models import parse_bases
+        from vlm_sft.inference.loaded_model import load_checkpoint
     loaded = load_checkpoint(
         arguments.checkpoint,
         device=arguments.device,
@@ -202,7 +204,7 @@ def _appended(log: KeyedLog[Key, Answer], answers: Iterator[list[Answer]]) -> It
         yield from log.append(batch)
 
 
-def _notes(results: Mapping[str, Any], found: Sequence[TaskResult]) -> Iterator[str]:
+def _notes(results: Mapping[str, Any], found: Sequence[TaskResult], seed: int) -> Iterator[str]:
     total = results["looks"]
     if total is not None:
         difference = total["difference"]
@@ -215,6 +217,16 @@ def _notes(results: Mapping[str, Any], found: Sequence[TaskResult]) -> Iterator[
         refused = sum(scores["without_answer"] for scores in task.scores.values())
         if refused:
             yield f"note: {task.name}: the server refused {refused:,} questions, counted as wrong"
+        without = without_own_image(task, seed=seed)
+        if without is not None and without[1].low <= 0:
+            condition, gain = without
+            other = "a blank one" if condition == "blank" else "that of another question"
+            yield (
+                f"note: {task.name}: the score with its own image is not clearly higher than with "
+                f"{other} ({gain.estimate:+.3f} [{gain.low:+.3f}, "
+                f"{gain.high:+.3f}]): the model may not use its images; train it longer, "
+                "or ask more questions"
+            )
 
 
 def _print_pair(console: Console, pair: Mapping[str, Any]) -> None:

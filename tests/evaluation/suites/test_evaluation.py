@@ -116,7 +116,12 @@ def test_results_tell_whether_the_model_looks_and_a_page_shows_them(
         assert row["answered_without_image"] == (without == [1.0, 1.0])
     page = (out / "report.html").read_text()
     assert page.count("<img") > 8 and "accuracy with its own image minus with another one" in page
-    assert max(map(len, capsys.readouterr().out.splitlines()[:-2])) <= 80
+    lines = capsys.readouterr().out.splitlines()
+    notes = [line for line in lines if line.startswith("note: ")]
+    assert max(len(line) for line in lines[:-2] if line not in notes) <= 80
+    looks = exists["looks"]["difference"]
+    assert (looks["low"] <= 0) == any("note: exists: the score with its own" in n for n in notes)
+    assert not any("counting" in note for note in notes)  # has no other images
 
     assert evaluate.main(["compare", str(out), str(out / "results.json"), "--json"]) == 0
     compared = json.loads(capsys.readouterr().out)["comparisons"]

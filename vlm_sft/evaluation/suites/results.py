@@ -166,6 +166,23 @@ def looks(tasks: Sequence[TaskResult], *, seed: int) -> dict[str, Any] | None:
     }
 
 
+def without_own_image(task: TaskResult, *, seed: int) -> tuple[SuiteCondition, Interval] | None:
+    """Return how much higher a task's scores are with the own images than without them.
+
+    Compared is another question's image, or a blank one if the task does not ask with those.
+
+    Returns:
+        The condition, and the difference with its interval; None if no question was asked so.
+    """
+    for condition in reversed(_WITHOUT_IMAGE):
+        asked = [q for q in task.questions if q.scores.keys() >= {"right", condition}]
+        if asked and task.kind != "refusal":  # a blank image has other true answers there
+            differences = [q.scores["right"] - q.scores[condition] for q in asked]
+            images = [q.image for q in asked]
+            return condition, difference_interval(differences, images, seed=seed)
+    return None
+
+
 def difference_interval(
     differences: Sequence[float], images: Sequence[str], *, seed: int
 ) -> Interval:
