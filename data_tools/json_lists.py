@@ -9,6 +9,7 @@ import msgspec
 
 from vlm_sft.errors import UserError
 from vlm_sft.utils.escape import shortened
+from vlm_sft.utils.image_paths import looked_for
 from vlm_sft.utils.json_items import map_file, split_list, split_object
 from vlm_sft.utils.reading import StrictJsonError
 
@@ -40,7 +41,9 @@ def read_lists(
     try:
         data = map_file(path)
     except FileNotFoundError:
-        raise UserError(f"{path}: there is no such file", code="data_file_missing") from None
+        raise UserError(
+            f"{path}: no such file{looked_for(path)}", code="data_file_missing"
+        ) from None
     if bytes(data[:4096]).lstrip()[:1] != b"{":
         raise _not_coco(path, next(iter(forms)))
     try:

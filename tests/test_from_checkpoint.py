@@ -249,6 +249,8 @@ def test_a_folder_that_is_none_or_another_model_is_refused(tmp_path: Path) -> No
     with pytest.raises(UserError, match=r"from_checkpoint: no such folder .*gone"):
         resolve(load_config(path))
     (tmp_path / "gone").mkdir()
+    with pytest.raises(UserError, match="'gone' exists, which differs in spelling"):
+        resolve(load_config(path, [f"model.from_checkpoint={tmp_path}/gonne"]))
     with pytest.raises(UserError, match=r"has no config\.json that can be read"):
         resolve(load_config(path))
     (tmp_path / "gone" / "config.json").write_text('{"model_type": "llama"}')

@@ -15,6 +15,7 @@ from data_tools.coco import AnnotatedImage
 from data_tools.instruct.config import GuardConfig
 from data_tools.json_lists import read_lists
 from vlm_sft.errors import UserError
+from vlm_sft.utils.image_paths import looked_for
 from vlm_sft.utils.reading import StrictJsonError, open_regular, parse_json, read_text
 
 KNOWN: Final[Mapping[str, str | None]] = {
@@ -178,7 +179,9 @@ def _entries(path: Path) -> Iterator[tuple[Any, str]]:
         with open_regular(path) as file:
             head = file.read(_HEAD).removeprefix(b"\xef\xbb\xbf").lstrip()
     except FileNotFoundError:
-        raise UserError(f"{path}: there is no such file", code="data_file_missing") from None
+        raise UserError(
+            f"{path}: no such file{looked_for(path)}", code="data_file_missing"
+        ) from None
     if head.startswith(b"{") and not _is_json_line(head):
         for _, position, value in read_lists(path, {"images": Any}):
             yield value, f"{path}: images[{position}]"

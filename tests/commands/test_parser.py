@@ -104,7 +104,10 @@ NOT_READ = [
             [CONFIG, "model.language_model.tokenizer=./nowhere"],
             "model.language_model.tokenizer: no such folder './nowhere'",
         ),
-        ([CONFIG, "projector=nowhere/final"], "projector: nowhere/final: no such folder"),
+        (
+            [CONFIG, "projector=nowhere/final"],
+            "projector: nowhere/final: no such folder; train stage 1 first",
+        ),
         ([CONFIG, "--limmit", "3"], "--limmit"),
     ],
 )

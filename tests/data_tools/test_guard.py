@@ -88,7 +88,7 @@ def test_a_list_without_ids_is_refused(tmp_path: Path, text: str, message: str) 
     path.write_text(text)
     with pytest.raises(UserError, match=message):
         guard.read_ids(path)
-    with pytest.raises(UserError, match="there is no such file"):
+    with pytest.raises(UserError, match="no such file"):
         guard.read_ids(tmp_path / "none")
 
 

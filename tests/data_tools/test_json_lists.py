@@ -74,7 +74,7 @@ def test_bytes_that_are_no_text_are_one_sentence(tmp_path: Path) -> None:
     path.write_bytes(b'{"a": ["\xff"]}')
     with pytest.raises(UserError, match="not UTF-8"):
         list(read_lists(path, {"a": Any}))
-    with pytest.raises(UserError, match="there is no such file"):
+    with pytest.raises(UserError, match="no such file"):
         list(read_lists(tmp_path / "none.json", {"a": Any}))
 
 

@@ -98,6 +98,13 @@ def test_a_flipped_bit_is_refused_with_the_files_name(lora_run: Path, tmp_path: 
 def test_a_folder_that_is_none_or_no_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such folder; give a checkpoint"):
         load_checkpoint(tmp_path / "gone")
+    step = tmp_path / "run" / "checkpoints" / "step-00000020"
+    step.mkdir(parents=True)
+    with pytest.raises(CheckpointError, match="no such folder; give a checkpoint"):
+        load_checkpoint(tmp_path / "run" / "final")
+    (step / "manifest.json").touch()
+    with pytest.raises(CheckpointError, match=f"not finished: repeat its command, or give {step}"):
+        load_checkpoint(tmp_path / "run" / "final")
     with pytest.raises(CheckpointError, match=r"manifest\.json"):
         load_checkpoint(tmp_path)
 

@@ -16,6 +16,7 @@ from vlm_sft.checkpoint.provenance import recorded_environment, software
 from vlm_sft.errors import CheckpointError
 from vlm_sft.utils.atomic_files import write_text
 from vlm_sft.utils.filesystem import files_below, warn_once
+from vlm_sft.utils.image_paths import nearest_existing
 from vlm_sft.utils.ownership import MANIFEST, MARKER, is_system_file
 from vlm_sft.utils.reading import NotARegularFile, open_regular, parse_json, read_text
 
@@ -54,15 +55,22 @@ def step_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def require_checkpoint(folder: Path, where: str = "") -> None:
+def require_checkpoint(
+    folder: Path, where: str = "", advice: str = "give a checkpoint, e.g. RUN/final"
+) -> None:
     """Refuse a path that is not a directory, before anything heavy is imported.
 
     Raises:
-        CheckpointError: `where` (the setting or option) comes before the path.
+        CheckpointError: `where` (the setting or option) comes before the path, `advice` after it.
     """
     if not folder.is_dir():
+        if saved := sorted(folder.parent.glob("checkpoints/step-*/" + MANIFEST)):
+            advice = (
+                f"the run is not finished: repeat its command, or give {saved[-1].parent}, its "
+                "newest checkpoint"
+            )
         raise CheckpointError(
-            f"{where}{folder}: no such folder; give a checkpoint, e.g. RUN/final",
+            f"{where}{folder}: no such folder{nearest_existing(folder)}; {advice}",
             code="no_checkpoint",
         )
 

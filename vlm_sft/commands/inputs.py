@@ -21,6 +21,7 @@ from vlm_sft.config.schema import (
 from vlm_sft.data.records import open_raw_records, require_columns
 from vlm_sft.data.template_names import builtin_templates
 from vlm_sft.errors import ConfigError, ImageError, TemplateError, UserError
+from vlm_sft.utils.image_paths import looked_for
 from vlm_sft.utils.libraries import require_extra, require_trackers
 
 Part = Literal["tokenizer", "model", "projector", "train", "eval", "packages"]
@@ -118,7 +119,12 @@ def _require_places(config: RunConfig, parts: Set[Part]) -> None:
     for file in [*files, *held_out]:
         _require_data(file)
     if "projector" in parts and config.projector is not None:
-        require_checkpoint(Path(config.projector), "projector: ")
+        require_checkpoint(
+            Path(config.projector),
+            "projector: ",
+            "train stage 1 first (vlm-sft stage1), give a checkpoint, or set projector: null to "
+            "start from random weights",
+        )
     if "projector" in parts and config.start_from is not None:
         require_checkpoint(Path(config.start_from), "start_from: ")
 
@@ -136,9 +142,7 @@ def _require_tower(tower: VisionTowerConfig) -> None:
         require_model_name(f"{_TOWER}.name", tower.name)
     weights = tower.weights
     if weights is not None and means_folder(weights) and not Path(weights).expanduser().is_file():
-        raise ConfigError(
-            f"{_TOWER}.weights: no such file {weights!r} (looked for {_absolute(weights)})"
-        )
+        raise ConfigError(f"{_TOWER}.weights: no such file {weights!r}{looked_for(weights)}")
 
 
 def _require_data(file: DataFile) -> None:
@@ -162,8 +166,7 @@ def require_records(option: str, path: str) -> None:
             raise UserError(f"{option}: {error}", code="hub_dataset") from None
     elif not Path(path).exists():
         raise UserError(
-            f"{option} {path}: no such data file (looked for {_absolute(path)})",
-            code="data_file_missing",
+            f"{option} {path}: no such data file{looked_for(path)}", code="data_file_missing"
         )
 
 
@@ -179,8 +182,7 @@ def require_model_name(where: str, name: str) -> None:
     """
     if means_folder(name) and not Path(name).expanduser().is_dir():
         raise UserError(
-            f"{where}: no such folder {name!r} (looked for {_absolute(name)}); give a model folder "
-            "or a hub name"
+            f"{where}: no such folder {name!r}{looked_for(name)}; give a model folder or a hub name"
         )
 
 
@@ -218,10 +220,4 @@ def require_images(paths: Sequence[Path]) -> None:
     """
     for path in paths:
         if not path.exists():
-            raise ImageError(
-                "image_missing", f"{path}: no such image file (looked for {path.absolute()})"
-            )
-
-
-def _absolute(name: str) -> Path:
-    return Path(name).expanduser().absolute()
+            raise ImageError("image_missing", f"{path}: no such image file{looked_for(path)}")

@@ -19,6 +19,7 @@ from typing import Any, Final, NoReturn
 import vlm_sft
 from vlm_sft.commands.registry import exit_at_once
 from vlm_sft.errors import UserError
+from vlm_sft.utils.image_paths import looked_for
 
 _NUMBER = re.compile(r"-\d*\.?\d+([eE][-+]?\d+)?")
 
@@ -249,8 +250,7 @@ def require_file(option: str, path: Path) -> None:
         raise UserError(f"{option} {path}: this is a folder; give a file")
     if not path.exists():
         raise UserError(
-            f"{option} {path}: no such file (looked for {path.absolute()})",
-            code="data_file_missing",
+            f"{option} {path}: no such file{looked_for(path)}", code="data_file_missing"
         )
 
 
@@ -261,10 +261,12 @@ def require_folder(option: str, path: Path) -> None:
         UserError: Names the option and the absolute path.
     """
     if not path.is_dir():
-        found = "this is a file; give a folder" if path.exists() else "no such folder"
-        raise UserError(
-            f"{option} {path}: {found} (looked for {path.absolute()})", code="data_file_missing"
+        found = (
+            "this is a file; give a folder"
+            if path.exists()
+            else f"no such folder{looked_for(path)}"
         )
+        raise UserError(f"{option} {path}: {found}", code="data_file_missing")
 
 
 @contextmanager
@@ -290,10 +292,9 @@ def heavy_imports() -> Iterator[None]:
     shown: AbstractContextManager[None] = nullcontext()
     if first:
         gc.disable()
-        from vlm_sft.utils.progress import LINE_SECONDS, waiting
+        from vlm_sft.utils.progress import waiting
 
-        seconds = 3.0 if sys.stderr.isatty() else LINE_SECONDS
-        shown = waiting("importing torch and transformers", seconds=seconds)
+        shown = waiting("importing torch and transformers")
     try:
         with shown:
             yield

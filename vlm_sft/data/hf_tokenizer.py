@@ -14,6 +14,7 @@ from vlm_sft.config.schema import LanguageModelConfig, means_folder
 from vlm_sft.errors import UserError
 from vlm_sft.utils.constants import IMAGE_PLACEHOLDER
 from vlm_sft.utils.hub import use_cache_if_hub_unreachable
+from vlm_sft.utils.image_paths import looked_for, nearest_existing
 from vlm_sft.utils.libraries import library_call
 from vlm_sft.utils.model_folders import custom_code_refused, require_plain_folder
 
@@ -47,13 +48,14 @@ def load_tokenizer(
     folder = Path(name).expanduser()
     if means_folder(name) and not folder.is_dir():
         raise UserError(
-            f"{key}: no such folder {name!r} (looked for {folder.absolute()}); give a folder with "
+            f"{key}: no such folder {name!r}{looked_for(folder)}; give a folder with "
             "tokenizer.json or a hub name"
         )
     action = f"load a tokenizer from {name!r}"
     if not folder.is_dir():
         use_cache_if_hub_unreachable()
-        action = f"get the tokenizer of {name!r} from the hub, and there is no folder of that name"
+        near = nearest_existing(name)
+        action = f"get the tokenizer of {name!r} from the hub, and there is no such folder{near}"
     with library_call("transformers", key, action), custom_code_refused(key, name):
         options: dict[str, Any] = {}
         if folder.is_dir():

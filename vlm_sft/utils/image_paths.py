@@ -171,6 +171,12 @@ def nearest_existing(path: str | Path) -> str:
     return f"; {shown_name(name)} exists, which differs in {difference}"
 
 
+def looked_for(path: str | Path) -> str:
+    """Return where a missing path was looked for and what is near, to append to a message."""
+    absolute = os.path.abspath(os.path.expanduser(path))
+    return f" (looked for {escape_control_line(absolute, 300)}){nearest_existing(absolute)}"
+
+
 def _nearest(path: Path) -> tuple[str, str] | None:
     """Return the similar name relative to the last existing directory, and how it differs."""
     ancestor = path.parent

@@ -1,5 +1,6 @@
 """Turn exceptions of third-party libraries into one sentence about a configuration key."""
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
@@ -53,9 +54,11 @@ def library_call(library: str, key: str, action: str, *, code: str | None = None
     except UserError:
         raise
     except Exception as error:
-        raise UserError(
-            f"{key}: {library} cannot {action}: {one_line(error)}", code=code
-        ) from error
+        reason = one_line(error)
+        if "HF_HUB_OFFLINE=0" in reason and not os.environ.get("HF_HUB_OFFLINE"):
+            # Set by `use_cache_if_hub_unreachable`; the advice to unset it would lead nowhere.
+            reason = "the hub cannot be reached, and the local cache does not have it"
+        raise UserError(f"{key}: {library} cannot {action}: {reason}", code=code) from error
 
 
 def one_line(error: BaseException) -> str:

@@ -9,6 +9,7 @@ from pydantic import Field, ValidationError
 
 from data_tools.instruct.schema import Line
 from vlm_sft.errors import UserError
+from vlm_sft.utils.image_paths import looked_for
 from vlm_sft.utils.reading import read_text
 
 LEAST: Final = 8
@@ -43,7 +44,7 @@ def read_seed_tasks(path: Path | None) -> tuple[SeedTask, ...]:
             text = read_text(path)
         except FileNotFoundError:
             raise UserError(
-                f"--seed-tasks {path}: there is no such file", code="data_file_missing"
+                f"--seed-tasks {path}: no such file{looked_for(path)}", code="data_file_missing"
             ) from None
     form = 'a JSON list of objects such as {"id": "1", "question": "What is this used for?"}'
     try:
