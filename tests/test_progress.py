@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from vlm_sft.utils import progress
 from vlm_sft.utils.progress import format_seconds, track, waiting
 
 
@@ -86,14 +87,16 @@ def test_seconds_are_written_for_people():
     assert [format_seconds(s) for s in (7, 125, 12000)] == ["7 s", "2 min 05 s", "3 h 20 min"]
 
 
-def test_a_call_that_does_not_say_how_far_it_is_says_that_it_still_runs(capsys):
+def test_a_call_that_does_not_say_how_far_it_is_says_that_it_still_runs(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.01)
     seen = threading.active_count()
-    with waiting("loading a model", seconds=0.01):
+    with waiting("loading a model"):
         deadline = time.monotonic() + 30
         while "loading a model: 0 s so far" not in (said := capsys.readouterr().err):
             assert time.monotonic() < deadline, said
             time.sleep(0.01)
     assert threading.active_count() == seen
+    monkeypatch.undo()
     with waiting("a short one"):
         pass
     assert "short" not in capsys.readouterr().err

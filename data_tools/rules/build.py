@@ -65,7 +65,10 @@ def build(arguments: argparse.Namespace) -> None:
         for name, output in outputs.items():
             write_owned(folder / f"{name}.json", output.data())
         write_owned_json(folder / "build.json", summary)
-    lines = [*finding_lines(summary["findings"].values()), *_table(summary)]
+    findings = dict(summary["findings"])
+    if arguments.captions is None:  # then none is missing
+        findings.pop("image_without_captions", None)
+    lines = [*finding_lines(findings.values()), *_table(summary)]
     if target is None:
         made = [name for name, output in outputs.items() if output.summary()["records"]]
         lines += _next(arguments.out, arguments.images, made)
@@ -165,7 +168,7 @@ def _table(summary: Mapping[str, Any]) -> Iterator[str]:
             f"{counts['without_boxes']} images have no boxes: what is absent from them is "
             "unknown, so they give captions only"
         )
-    if counts["without_captions"]:
+    if counts["without_captions"] and "captions" in summary["inputs"]:
         count = counts["without_captions"]
         yield f"{count} images have no captions: stage2.json does not ask to describe them"
     if splits := counts["evaluation_splits"]:
@@ -186,7 +189,10 @@ def _table(summary: Mapping[str, Any]) -> Iterator[str]:
             yield f"{'':<20} left out, for the verifier rejects them: {codes}"
         if "existence_by_category_alone" in made:
             share = made["existence_by_category_alone"]
-            text = f"existence guessed from the category's name alone: {share:.1%} (50% is best)"
+            text = (
+                f"{share:.1%} of the questions of existence can be guessed from the category's "
+                "name alone (50% is best; more images make it better)"
+            )
             yield f"{'':<20} {text}"
 
 
@@ -216,6 +222,12 @@ def _next(out: str, images: str, made: Sequence[str]) -> Iterator[str]:
         images: The folder of their images.
         made: Names of the files that have records, without ending.
     """
+    if "stage1" in made or "stage2" in made:
+        yield (
+            "without a GPU or a model hub: python scripts/demo_pieces.py demo/pieces, and for init "
+            "--tower demo/pieces/efficientnet-lite0 --llm demo/pieces/smollm2-135m-instruct "
+            "--gpu cpu --out my --yes"
+        )
     yield "next:"
     if "stage2" in made:
         first = f"  vlm-sft init --data {shlex.quote(f'{out}/stage2.json')}"

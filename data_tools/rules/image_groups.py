@@ -26,10 +26,12 @@ class ImageGroups:
     Attributes:
         counts: Distinct images by what they could be compared with: `images` (all), `missing`,
             `unreadable`.
+        first: The first image of `missing` and of `unreadable`, as the records name it.
     """
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
+        self.first: dict[str, str] = {}
         self._parents = array("Q")
         self._nodes: dict[int, int] = {}
         self._records = array("Q")
@@ -64,6 +66,7 @@ class ImageGroups:
         inside = _member(image)
         if inside is None and not image.is_file():
             self.counts.update(images=1, missing=1)
+            self.first.setdefault("missing", str(image))
             return node
         before = len(self._parents)
         digest = file_digest(image) if inside is None else hashlib.sha256(inside).hexdigest()
@@ -83,6 +86,8 @@ class ImageGroups:
             self._hashed_nodes.append(node)
         else:
             self.counts["unreadable"] += 1
+            name = f"one inside a record: {value}" if isinstance(image, bytes) else str(image)
+            self.first.setdefault("unreadable", name)
 
     def _join_similar(self) -> None:
         """Join images whose perceptual hashes differ in few bits."""

@@ -206,7 +206,10 @@ def _parsed(raw: RawRecord | RecordError, images: Path) -> Conversation | Record
 
 
 def _as_json(raw: RawRecord) -> dict[str, Any]:
-    """Return the record as it was read, a row as messages; embedded images become data URLs."""
+    """Return the record as it was read, a row as messages; embedded images become data URLs.
+
+    A record without an id gets its place, `photos.csv:3`, so that logs and reports lead back to it.
+    """
 
     def convert(value: Any) -> str:
         if isinstance(value, bytes):
@@ -220,7 +223,7 @@ def _as_json(raw: RawRecord) -> dict[str, Any]:
             f"{raw.where}: the record has what JSON cannot hold ({error}); remove that column",
             code="format",
         ) from None
-    return found
+    return found if found.get("id") is not None else {**found, "id": Path(raw.where).name}
 
 
 def _changed(files: list[DataFile]) -> UserError:
@@ -246,7 +249,10 @@ def _summary(
             "left_out": dict(sorted(found.bad.items())), "first_left_out": found.first_bad,
         },
         "groups": {"all": len(sizes), "largest": int(sizes.max())},
-        "images": {name: counts[name] for name in ("images", "missing", "unreadable")},
+        "images": {
+            **{name: counts[name] for name in ("images", "missing", "unreadable")},
+            **{f"first_{kind}": name for kind, name in sorted(found.groups.first.items())},
+        },
         "image_root": str(arguments.images),
         "seed": arguments.seed,
     }  # fmt: skip
@@ -255,9 +261,10 @@ def _summary(
 def _lines(summary: dict[str, Any], out: Path, image_root: Path) -> Iterator[str]:
     """Yield the printed lines."""
     records, groups, images = summary["records"], summary["groups"], summary["images"]
+    without = records["text_only"]
     yield (
         f"{records['read']:,} records: {records['train']:,} to train on, {records['held_out']:,} "
-        f"held out ({records['text_only']:,} in all without images)"
+        "held out" + (f"; {without:,} of all have no image" if without else "")
     )
     yield (
         f"{groups['all']:,} groups of equal images or texts, {groups['largest']:,} records in the "
@@ -270,12 +277,12 @@ def _lines(summary: dict[str, Any], out: Path, image_root: Path) -> Iterator[str
         yield f"records in neither file: {reasons}; first: {records['first_left_out']}"
     if images["missing"]:
         yield (
-            f"{images['missing']:,} of {images['images']:,} images do not exist: compared by path "
-            "and COCO id only"
+            f"{images['missing']:,} of {images['images']:,} images do not exist, e.g. "
+            f"{images['first_missing']}: compared by path and COCO id only, and refused in training"
         )
     if images["unreadable"]:
         yield (
-            f"{images['unreadable']:,} of {images['images']:,} images cannot be opened: compared "
-            "by path, COCO id and content only"
+            f"{images['unreadable']:,} of {images['images']:,} images cannot be opened, e.g. "
+            f"{images['first_unreadable']}: compared by path, COCO id and content only"
         )
     yield f"{out / FILES[0]} and {FILES[1]}; images are relative to image_root {image_root}"

@@ -425,7 +425,7 @@ def test_a_faulty_box_of_a_small_set_can_be_set_aside(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     files = write_coco(tmp_path, {1: [("dog", [0, 0, 40, 80], 0), ("cat", [9, 9, 0, 5], 0)]})
-    with pytest.raises(UserError, match=r"has no area.*; --max-faulty 1 drops"):
+    with pytest.raises(UserError, match=r"has no area.*; --max-faulty 1 \(a share: "):
         build_coco.main(arguments(files))
     assert build_coco.main(arguments(files, "--max-faulty", "0.5")) == 0
     assert "1  boxes without area: annotation dropped" in capsys.readouterr().out
@@ -482,7 +482,9 @@ def test_the_commands_that_train_and_evaluate_on_the_files_are_said(
     boxes = [("dog", [10, 10, 40, 30], 0), ("cat", [120, 60, 30, 30], 0)]
     files = write_coco(tmp_path, dict.fromkeys(range(1, 7), boxes), {1: ["A dog."], 2: ["A cat."]})
     assert build_coco.main(arguments(files, "--eval-share", "0.5")) == 0
-    said = capsys.readouterr().out.partition("next:\n")[2].splitlines()
+    before, _, after = capsys.readouterr().out.partition("next:\n")
+    assert "without a GPU or a model hub: python scripts/demo_pieces.py demo/pieces" in before
+    said = after.splitlines()
     out, images = files["out"], files["images"]
     assert said[0].split("   #")[0] == (
         f"  vlm-sft init --data {out}/stage2.json --images {images} --captions {out}/stage1.json "

@@ -93,14 +93,16 @@ class CacheEstimate:
         return self.tower_flops * shown / max(1.0, without)
 
     def __str__(self) -> str:
-        effect = f"saves about {self.saved:.1%} of the run's FLOPs"
-        if self.saved <= 0:
-            effect = f"costs about {-self.saved:.1%} more of the run's FLOPs than it saves"
+        effect = f"saves about {self.saved:.1%} of its FLOPs"
+        if abs(self.saved) < 0.001:
+            effect = "takes the same FLOPs with it as without"
+        elif self.saved < 0:
+            effect = f"costs about {-self.saved:.1%} more of its FLOPs than it saves"
         return (
             f"feature cache: the tower takes about {self.tower_share:.1%} of a step's FLOPs; "
             f"{self.missing:,} different images to compute, {_format_bytes(self.num_bytes)} on "
-            f"disk; breaks even after {self.break_even_epochs:.2f} epochs and, over "
-            f"{self.epochs:.3g} epochs, {effect} (time to read the disk not counted)"
+            f"disk; breaks even after {self.break_even_epochs:.2f} epochs; this run "
+            f"has {self.epochs:.3g} and {effect} (time to read the disk not counted)"
         )
 
 

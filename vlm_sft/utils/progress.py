@@ -22,6 +22,8 @@ Item = TypeVar("Item")
 
 DELAY_SECONDS = 2.0
 """Loops shorter than this print nothing."""
+FIRST_SECONDS = 3.0
+"""On a terminal, the first line of a call that says nothing itself."""
 LINE_SECONDS = 10.0
 """Where no terminal is, one plain line about this often."""
 MEASURED_SECONDS = 2.0
@@ -76,17 +78,21 @@ def track(
 
 
 @contextmanager
-def waiting(description: str, *, seconds: float = LINE_SECONDS) -> Iterator[None]:
+def waiting(description: str) -> Iterator[None]:
     """Say on stderr every ten seconds that a call still runs, which does not say how far it is.
+
+    On a terminal the first line comes after three seconds.
 
     Args:
         description: What is being done, e.g. `loading models/vicuna-7b`.
-        seconds: Between two lines.
     """
     finished, start = threading.Event(), time.monotonic()
+    first = FIRST_SECONDS if sys.stderr.isatty() else LINE_SECONDS
 
     def say_so() -> None:
+        seconds = first
         while not finished.wait(seconds):
+            seconds = LINE_SECONDS
             _print(f"{description}: {format_seconds(time.monotonic() - start)} so far")
 
     thread = threading.Thread(target=say_so, daemon=True)
