@@ -75,7 +75,7 @@ class Findings:
                 continue
             raise UserError(
                 f"{self.examples[kind][0]} ({KINDS[kind].meaning}: {count:,} of {total:,}, and at "
-                f"most {share:.3g} of them, as a share, may be dropped){remedy}",
+                f"most {100 * share:.3g}% of them may be dropped){remedy}",
                 code="image_missing" if kind == "image_missing" else None,
             )
 

@@ -35,12 +35,12 @@ def read_annotated(
         UserError: As `read_coco`, too many images are faulty, or none can be used.
     """
     of_folder, of_share = names
-    remedy = f"; {of_share}1 (a share: all of them) drops everything that is faulty"
+    remedy = f"; {of_share}1 (100%) drops everything that is faulty"
     index = read_coco(instances, captions, max_faulty, remedy)
     usable = usable_images(index, folder, follow_symlinks=follow_symlinks)
     remedy = (
         f"; give the folder of these images as {of_folder}, or use only the existing ones with "
-        f"{of_share}1 (a share: any number of them may be dropped)"
+        f"{of_share}1 (100%)"
     )
     index.findings.require_few({"image": len(index.images)}, max_faulty, remedy)
     if not usable:

@@ -48,10 +48,10 @@ def test_a_good_configuration_passes(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "the run can start" in out
     assert list(tmp_path.iterdir()) == []
     assert "consumers" not in out and "would load the exported folder" not in out
-    assert "that need no action: print them with --all" in out
+    assert "about other programs not shown; --all prints them" in out
     assert check.main([CONFIG, f"output_dir={tmp_path}", "--all"]) == 0
     out = capsys.readouterr().out
-    assert "consumers" in out and "no action" not in out
+    assert "consumers" in out and "not shown" not in out
 
 
 def test_fewer_records_than_a_batch_are_a_warning(

@@ -64,7 +64,7 @@ def parser() -> CommandParser:
     add = parser.add_argument
     add("config", metavar="CONFIG.yaml", nargs="?", help="configuration of a run")
     add_overrides(parser)
-    add("--all", action="store_true", help="print the notes that need no action, too")
+    add("--all", action="store_true", help="print the notes about other programs, too")
     add("--no-model", action="store_true", help="check only data and images, without the model")
     add(
         "--bad",
@@ -94,8 +94,8 @@ def _require_one_source(arguments: argparse.Namespace) -> None:
     if arguments.config is None and arguments.tokenizer is None:
         raise UserError("give CONFIG.yaml, or --tokenizer DIR and --template NAME")
     if arguments.config is None:
-        if arguments.no_model or arguments.bad:
-            option = "--no-model" if arguments.no_model else "--bad"
+        given = {"--no-model": arguments.no_model, "--bad": arguments.bad, "--all": arguments.all}
+        for option in filter(given.get, given):
             raise UserError(f"{option}: needs CONFIG.yaml; --tokenizer reads no data")
         return
     for name in ("tokenizer", "template", "system", "generation_config", "json"):

@@ -14,6 +14,7 @@ from data_tools.instruct.clean.same_images import hash_image, near_pairs
 from data_tools.instruct.contamination import coco_id
 from data_tools.trained_images import HASH_DISTANCE
 from vlm_sft.data.conversation import ImageSource
+from vlm_sft.utils.escape import escape_control_line
 from vlm_sft.utils.progress import track
 from vlm_sft.utils.tar_index import read_member
 
@@ -66,7 +67,7 @@ class ImageGroups:
         inside = _member(image)
         if inside is None and not image.is_file():
             self.counts.update(images=1, missing=1)
-            self.first.setdefault("missing", str(image))
+            self.first.setdefault("missing", escape_control_line(str(image), 300))
             return node
         before = len(self._parents)
         digest = file_digest(image) if inside is None else hashlib.sha256(inside).hexdigest()
@@ -87,6 +88,7 @@ class ImageGroups:
         else:
             self.counts["unreadable"] += 1
             name = f"one inside a record: {value}" if isinstance(image, bytes) else str(image)
+            name = escape_control_line(name, 300)
             self.first.setdefault("unreadable", name)
 
     def _join_similar(self) -> None:

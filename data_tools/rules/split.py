@@ -18,6 +18,7 @@ from data_tools.digests import hashed
 from data_tools.mix.read import content_digest
 from data_tools.records import JsonList
 from data_tools.rules.image_groups import ImageGroups
+from vlm_sft.config.hub_address import is_hub_address
 from vlm_sft.config.schema import DataFile
 from vlm_sft.data.conversation import Conversation
 from vlm_sft.data.record_formats import RawRecord, parse_record
@@ -25,6 +26,7 @@ from vlm_sft.data.record_writer import data_url
 from vlm_sft.data.records import open_record_values
 from vlm_sft.errors import RecordError, UserError
 from vlm_sft.utils.console import echo
+from vlm_sft.utils.escape import encodable, escape_control_line
 from vlm_sft.utils.owned_files import own_output, owned_open, write_owned_json
 from vlm_sft.utils.progress import track
 
@@ -173,7 +175,8 @@ def _read(files: list[DataFile], images: Path, *, stop: bool) -> _Found:
 def _write(files: list[DataFile], out: Path, sides: NDArray[np.uint8]) -> dict[int, int]:
     """Write each record to its side, in a second reading; return the numbers written."""
     written = {_TRAIN: 0, _HELD_OUT: 0}
-    read = 0
+    names = {Path(file.path).name for file in files if not is_hub_address(file.path)}
+    read, short = 0, len(names) == len(files)
     with owned_open(out / FILES[0]) as train, owned_open(out / FILES[1]) as held_out:
         lists = {_TRAIN: JsonList(train), _HELD_OUT: JsonList(held_out)}
         for read, raw in enumerate(_raw_records(files, "writing"), 1):
@@ -181,7 +184,7 @@ def _write(files: list[DataFile], out: Path, sides: NDArray[np.uint8]) -> dict[i
             if side == -1 or (side != _LEFT_OUT and isinstance(raw, RecordError)):
                 raise _changed(files)
             if side != _LEFT_OUT and isinstance(raw, RawRecord):
-                lists[side].add(_as_json(raw))
+                lists[side].add(_as_json(raw, short=short))
                 written[side] += 1
         if read != len(sides):
             raise _changed(files)
@@ -205,10 +208,14 @@ def _parsed(raw: RawRecord | RecordError, images: Path) -> Conversation | Record
         return error
 
 
-def _as_json(raw: RawRecord) -> dict[str, Any]:
+def _as_json(raw: RawRecord, *, short: bool) -> dict[str, Any]:
     """Return the record as it was read, a row as messages; embedded images become data URLs.
 
     A record without an id gets its place, `photos.csv:3`, so that logs and reports lead back to it.
+
+    Args:
+        raw: The record.
+        short: Whether the name of its file is unique among the record files.
     """
 
     def convert(value: Any) -> str:
@@ -223,7 +230,10 @@ def _as_json(raw: RawRecord) -> dict[str, Any]:
             f"{raw.where}: the record has what JSON cannot hold ({error}); remove that column",
             code="format",
         ) from None
-    return found if found.get("id") is not None else {**found, "id": Path(raw.where).name}
+    if found.get("id") is None:
+        place = Path(raw.where).name if short else raw.where
+        found["id"] = encodable(escape_control_line(place, 300))
+    return found
 
 
 def _changed(files: list[DataFile]) -> UserError:
@@ -278,7 +288,7 @@ def _lines(summary: dict[str, Any], out: Path, image_root: Path) -> Iterator[str
     if images["missing"]:
         yield (
             f"{images['missing']:,} of {images['images']:,} images do not exist, e.g. "
-            f"{images['first_missing']}: compared by path and COCO id only, and refused in training"
+            f"{images['first_missing']}: compared by path and COCO id only; training refuses them"
         )
     if images["unreadable"]:
         yield (

@@ -425,7 +425,7 @@ def test_a_faulty_box_of_a_small_set_can_be_set_aside(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     files = write_coco(tmp_path, {1: [("dog", [0, 0, 40, 80], 0), ("cat", [9, 9, 0, 5], 0)]})
-    with pytest.raises(UserError, match=r"has no area.*; --max-faulty 1 \(a share: "):
+    with pytest.raises(UserError, match=r"has no area.*; --max-faulty 1 \(100%\) drops"):
         build_coco.main(arguments(files))
     assert build_coco.main(arguments(files, "--max-faulty", "0.5")) == 0
     assert "1  boxes without area: annotation dropped" in capsys.readouterr().out

@@ -190,6 +190,15 @@ def test_a_table_with_other_columns_is_split_by_their_names(tmp_path: Path) -> N
     train, held_out = split(table, photos, tmp_path / "out", *columns)
     ids = [f"own.csv:{line}" for line in range(2, 8)]
     assert held_out and sorted(record["id"] for record in [*train, *held_out]) == ids
+    (photos / "b").mkdir()
+    shutil.copy(table, photos / "b")
+    both = ["--records", str(table), str(photos / "b" / "own.csv")]
+    train, held_out = split(table, photos, tmp_path / "two", *columns, *both)
+    assert len({record["id"] for record in [*train, *held_out]}) == 12
+    strange = photos / "own\udcff\n.csv"
+    shutil.copy(table, strange)
+    train, held_out = split(strange, photos, tmp_path / "strange", *columns)
+    assert "own\\udcff\u240a.csv:2" in {record["id"] for record in [*train, *held_out]}
     assert _table_columns("image=f, caption=c") == {"image": "f", "text": "c"}
     for wrong, message in (("file", "expected PART=COLUMN"), ("photo=file", "photo is no part")):
         with pytest.raises(UserError, match=message):

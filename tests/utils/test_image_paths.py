@@ -6,7 +6,13 @@ from pathlib import Path
 import pytest
 
 from vlm_sft.errors import ImageError
-from vlm_sft.utils.image_paths import current_directory_hint, image_path, nearest_existing
+from vlm_sft.utils.image_paths import (
+    current_directory_hint,
+    image_path,
+    looked_for,
+    nearest_existing,
+    nearest_folder,
+)
 
 
 def refused(root: Path, name: str, **settings: bool) -> str:
@@ -114,3 +120,23 @@ def test_a_relative_path_names_the_directory_that_it_starts_from(
     monkeypatch.chdir(tmp_path)
     assert os.path.realpath(tmp_path) in current_directory_hint("data.json")
     assert current_directory_hint("/data.json") == ""
+
+
+def test_a_missing_path_is_said_with_its_place_and_never_with_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos.csv").touch()
+    (tmp_path / "gone").symlink_to("nowhere")
+    monkeypatch.chdir(tmp_path / "photos")
+    place = f" (looked for {tmp_path}/"
+    assert (
+        looked_for("../phottos") == f"{place}phottos); 'photos' exists, which differs in spelling"
+    )
+    assert looked_for("../photos.csv") == f"{place}photos.csv), which is a file"
+    assert looked_for("../photos") == f"{place}photos), which is a folder"
+    assert looked_for("../gone") == f"{place}gone), which is a symbolic link to nothing"
+    assert looked_for("../others") == f"{place}others)"
+    monkeypatch.chdir(tmp_path)
+    assert "'photos' exists" in nearest_folder("photo")
+    assert nearest_folder("photos.tsv") == nearest_folder("photos") == ""

@@ -64,7 +64,8 @@ def require_checkpoint(
         CheckpointError: `where` (the setting or option) comes before the path, `advice` after it.
     """
     if not folder.is_dir():
-        if saved := sorted(folder.parent.glob("checkpoints/step-*/" + MANIFEST)):
+        saved = sorted(folder.parent.glob("checkpoints/step-*/" + MANIFEST))
+        if saved and folder.name == "final":
             advice = (
                 f"the run is not finished: repeat its command, or give {saved[-1].parent}, its "
                 "newest checkpoint"

@@ -24,6 +24,15 @@ _STYLES: Final[dict[Level, str]] = {
     "bad": "bold red",
 }
 
+_ABOUT_OTHERS: Final = frozenset(
+    [
+        *("no_generation_markers", "generation_markers_not_compared", "generation_mask_differs"),
+        *("pad_missing", "pad_is_eos", "pad_is_other", "generation_config_absent"),
+        *("sentencepiece_absent", "template_limits"),
+    ]
+)
+"""Codes of notes that change nothing here: what other trainers would do, what was not compared, and
+which records a template would refuse, for the files' own records are all tested."""
 
 FAILED: Final = "check failed: the run would stop or skip records; see the lines above"
 """The last line of a failed check."""
@@ -34,13 +43,13 @@ class CheckResults:
 
     Attributes:
         lines: One line per result.
-        asides: Subjects of notes that need no action, such as what other programs would do.
+        asides: Notes about what other programs would do, which change nothing here.
         strict: Warnings count as failures.
     """
 
     def __init__(self, *, strict: bool = False) -> None:
         self.lines: list[Line] = []
-        self.asides: set[str] = set()
+        self.asides: set[Line] = set()
         self.strict = strict
 
     @property
@@ -52,9 +61,11 @@ class CheckResults:
         """Return whether a bad result was added for `what`."""
         return any(line[:2] == (what, "bad") for line in self.lines)
 
-    def add(self, what: str, level: Level, text: str) -> None:
-        """Add a result."""
+    def add(self, what: str, level: Level, text: str, *, aside: bool = False) -> None:
+        """Add a result; `aside` adds it to `asides`, too."""
         self.lines.append((what, level, text))
+        if aside:
+            self.asides.add(self.lines[-1])
 
     @contextmanager
     def check(self, what: str) -> Iterator[None]:
@@ -70,9 +81,8 @@ class CheckResults:
     def add_findings(self, findings: Sequence[Finding]) -> None:
         """Add the findings about tokenizer and chat template."""
         for f in findings:
-            self.add(f.what, f.level, f"{f.found}; {f.advice}" if f.advice else f.found)
-            if f.level == "note":
-                self.asides.add(f.what)
+            text = f"{f.found}; {f.advice}" if f.advice else f.found
+            self.add(f.what, f.level, text, aside=f.code in _ABOUT_OTHERS)
 
     def add_duplicates(self, duplicates: DuplicateFinder) -> None:
         """Add a warning for each repeated id, record and validation image."""
@@ -100,15 +110,11 @@ class CheckResults:
         Args:
             asides: Whether to print the notes of `asides`, too; otherwise they are counted.
         """
-        shown = [
-            (what, level, text)
-            for what, level, text in self.lines
-            if asides or level != "note" or what not in self.asides
-        ]
+        shown = [line for line in self.lines if asides or line not in self.asides]
         print_lines("check", sorted(shown, key=lambda line: line[1] == "bad"))
         if left := len(self.lines) - len(shown):
             notes = "1 note" if left == 1 else f"{left} notes"
-            echo(f"{notes} that need no action: print them with --all", file=sys.stdout)
+            echo(f"{notes} about other programs not shown; --all prints them", file=sys.stdout)
         echo("the run can start" if self.passed else FAILED, file=sys.stdout)
 
 

@@ -274,8 +274,8 @@ def _check_export(
     obstacles = export_obstacles(model, chat_tokenizer.image_tokens)
     results.add("export --to hf", "note" if obstacles else "good", summarize_obstacles(obstacles))
     if not obstacles:
-        results.add("consumers", "note", describe_consumers(export_consumers(model)))
-        results.asides.add("consumers")
+        text = describe_consumers(export_consumers(model))
+        results.add("consumers", "note", text, aside=True)
 
 
 def _check_data(

@@ -141,8 +141,9 @@ def _require_tower(tower: VisionTowerConfig) -> None:
     if tower.name is not None and tower.library == "transformers":
         require_model_name(f"{_TOWER}.name", tower.name)
     weights = tower.weights
-    if weights is not None and means_folder(weights) and not Path(weights).expanduser().is_file():
-        raise ConfigError(f"{_TOWER}.weights: no such file {weights!r}{looked_for(weights)}")
+    file = Path(weights or "").expanduser()
+    if weights is not None and means_folder(weights) and not file.is_file():
+        raise ConfigError(f"{_TOWER}.weights: no such file {weights!r}{looked_for(file)}")
 
 
 def _require_data(file: DataFile) -> None:
@@ -180,9 +181,11 @@ def require_model_name(where: str, name: str) -> None:
     Raises:
         UserError: Names the absolute path.
     """
-    if means_folder(name) and not Path(name).expanduser().is_dir():
+    folder = Path(name).expanduser()
+    if means_folder(name) and not folder.is_dir():
         raise UserError(
-            f"{where}: no such folder {name!r}{looked_for(name)}; give a model folder or a hub name"
+            f"{where}: no such folder {name!r}{looked_for(folder)}; give a model folder or a hub "
+            "name"
         )
 
 

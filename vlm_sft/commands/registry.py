@@ -102,14 +102,23 @@ def exit_command(code: int) -> NoReturn:
 def _end_process() -> None:
     """End the process with the code of `exit_command`, if that was called.
 
-    Threads have been joined, and files of libraries closed by their own handlers. What is left is
-    to free a million objects one by one, which the operating system does at once.
+    Threads have been joined, and all later handlers called. What is left is to free a million
+    objects one by one, which the operating system does at once. So nothing may depend on the end
+    of the interpreter: files are closed by those who opened them.
     """
-    if _codes:
-        for stream in (sys.stdout, sys.stderr):
-            with suppress(OSError, ValueError, AttributeError):  # closed, full or missing
-                stream.flush()
-        os._exit(_codes[-1])
+    if not _codes:
+        return
+    code = _codes[-1]
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError as error:  # of what a thread or handler printed; `run_command` had flushed
+            code = code or 2
+            with suppress(OSError):
+                os.write(2, f"error: {error.strerror}\n".encode())
+        except (ValueError, AttributeError):  # closed or missing
+            pass
+    os._exit(code)
 
 
 def raise_on_ctrl_c() -> None:

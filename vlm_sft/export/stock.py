@@ -505,9 +505,10 @@ def tied_config(
     """
     head: Any = language_model.get_output_embeddings()
     table = language_model.get_input_embeddings().weight
-    shared = head.weight.data_ptr() == table.data_ptr() and head_scale(language_model) == 1.0
+    if head.weight.data_ptr() != table.data_ptr() or head_scale(language_model) != 1.0:
+        return config
     stock: Any = empty_stock_model(model_class, config)
-    if shared and "embed_tokens.weight" in stock.model.language_model.state_dict():
+    if "embed_tokens.weight" in stock.model.language_model.state_dict():
         both: Any = config  # both levels must agree
         both.tie_word_embeddings = both.text_config.tie_word_embeddings = True
     return config

@@ -23,7 +23,7 @@ from vlm_sft.train.train_step import StepGradient
 from vlm_sft.train.update import Update
 from vlm_sft.train.validation import ValidationResult
 from vlm_sft.utils.atomic_files import write_bytes
-from vlm_sft.utils.escape import escape_control_line
+from vlm_sft.utils.escape import shortened
 from vlm_sft.utils.filesystem import naming, sync, warn_once
 from vlm_sft.utils.libraries import one_line
 from vlm_sft.utils.ownership import set_aside
@@ -208,10 +208,9 @@ class RunMetrics:
             images = [self._keep_image(data) for data in row.get("images", ())]
             self._samples.write({"step": step, **row, "images": images})
             question, answer, expected = (
-                escape_control_line(row[key].strip(), 200)
-                for key in ("question", "answer", "expected")
+                shortened(row[key].strip(), 200) for key in ("question", "answer", "expected")
             )
-            logger.info("  %s: %s -> %s (label: %s)", row["id"], question, answer, expected)
+            logger.info("  %s: %r -> %r (label: %r)", row["id"], question, answer, expected)
         self._track(lambda: self._answers.log(result.samples, step), step)
 
     def _keep_image(self, data: bytes) -> str:

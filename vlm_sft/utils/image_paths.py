@@ -173,8 +173,25 @@ def nearest_existing(path: str | Path) -> str:
 
 def looked_for(path: str | Path) -> str:
     """Return where a missing path was looked for and what is near, to append to a message."""
-    absolute = os.path.abspath(os.path.expanduser(path))
-    return f" (looked for {escape_control_line(absolute, 300)}){nearest_existing(absolute)}"
+    absolute = os.path.abspath(path)
+    hint = nearest_existing(absolute)
+    if os.path.isfile(absolute):
+        hint = ", which is a file"
+    elif os.path.isdir(absolute):
+        hint = ", which is a folder"
+    elif os.path.islink(absolute):
+        hint = ", which is a symbolic link to nothing"
+    return f" (looked for {escape_control_line(absolute, 300)}){hint}"
+
+
+def nearest_folder(name: str) -> str:
+    """Return the hint of `nearest_existing` for a name that may be of a model hub, too.
+
+    A file is never what was meant.
+    """
+    folder = os.path.abspath(name)
+    found = None if os.path.lexists(folder) else _nearest(Path(folder))
+    return nearest_existing(folder) if found and Path(folder).with_name(found[0]).is_dir() else ""
 
 
 def _nearest(path: Path) -> tuple[str, str] | None:

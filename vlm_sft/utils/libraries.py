@@ -55,7 +55,8 @@ def library_call(library: str, key: str, action: str, *, code: str | None = None
         raise
     except Exception as error:
         reason = one_line(error)
-        if "HF_HUB_OFFLINE=0" in reason and not os.environ.get("HF_HUB_OFFLINE"):
+        offline = any(map(os.environ.get, ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")))
+        if "HF_HUB_OFFLINE=0" in str(error) and not offline:
             # Set by `use_cache_if_hub_unreachable`; the advice to unset it would lead nowhere.
             reason = "the hub cannot be reached, and the local cache does not have it"
         raise UserError(f"{key}: {library} cannot {action}: {reason}", code=code) from error

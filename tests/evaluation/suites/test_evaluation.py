@@ -16,6 +16,7 @@ from vlm_sft.commands import suites
 from vlm_sft.errors import ConfigError, UserError
 from vlm_sft.evaluation.suites.answering import LocalAnswerer
 from vlm_sft.evaluation.suites.config import load_suite
+from vlm_sft.evaluation.suites.results import QuestionResult, TaskResult
 from vlm_sft.inference.loaded_model import LoadedModel
 
 one_model = pytest.mark.parametrize("run", ["no adapter"], indirect=True)
@@ -149,3 +150,24 @@ def test_wrong_commands_are_refused(
         filled += ["--out", str(tmp_path / "out")]
     with pytest.raises(UserError, match=message):
         evaluate.main(filled)
+
+
+def asked(kind: str, right: float, blank: float, images: int) -> TaskResult:
+    scores = [{"right": right, "blank": blank + (1e-3, -1e-3)[n % 2]} for n in range(images)]
+    questions = [QuestionResult(str(n), str(n), "", found) for n, found in enumerate(scores)]
+    return TaskResult("t", kind, {"right": {"without_answer": 0}}, questions, {})
+
+
+@pytest.mark.parametrize(
+    ("task", "said"),
+    [
+        (asked("vqa", 1.0, 0.5, 20), ""),
+        (asked("vqa", 0.5, 0.5, 20), "not clearly higher than with a blank one"),
+        (asked("caption", 1.5, 1.6, 20), "is lower than with a blank one"),
+        (asked("vqa", 0.5, 0.5, 3), ""),  # too few images to tell
+        (asked("chair", 0.5, 0.5, 20), ""),  # a blank image has no objects to invent
+    ],
+)
+def test_a_task_that_needs_no_image_is_named(task: TaskResult, said: str) -> None:
+    notes = list(suites._notes({"looks": None}, [task], 0))
+    assert bool(notes) == bool(said) and all(said in note for note in notes)

@@ -41,8 +41,8 @@ def check_samples(tested: TokenizerUnderTest) -> Iterator[Finding]:
             "template_limits",
             "note",
             what,
-            f"accepts {accepted}; would refuse {names}",
-            "samples of ours: each record of your files is tested by check CONFIG.yaml",
+            f"accepts {accepted}; would refuse {names}: {refused[0][1].message}",
+            "these are built-in samples; `check CONFIG.yaml` tests your own records",
         )
     elif not unproven:
         yield Finding("template", "good", what, f"accepts {accepted}")

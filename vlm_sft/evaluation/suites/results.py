@@ -172,13 +172,16 @@ def without_own_image(task: TaskResult, *, seed: int) -> tuple[SuiteCondition, I
     Compared is another question's image, or a blank one if the task does not ask with those.
 
     Returns:
-        The condition, and the difference with its interval; None if no question was asked so.
+        The condition, and the difference with its interval. None for tasks whose scores need not
+        fall without the image, and for fewer than four images, whose intervals always have zero.
     """
+    if task.kind not in WITH_TRUE_ANSWERS | NOT_SHARES:
+        return None
     for condition in reversed(_WITHOUT_IMAGE):
         asked = [q for q in task.questions if q.scores.keys() >= {"right", condition}]
-        if asked and task.kind != "refusal":  # a blank image has other true answers there
+        images = [q.image for q in asked]
+        if len(set(images)) >= 4:
             differences = [q.scores["right"] - q.scores[condition] for q in asked]
-            images = [q.image for q in asked]
             return condition, difference_interval(differences, images, seed=seed)
     return None
 
