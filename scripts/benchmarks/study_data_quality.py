@@ -155,12 +155,14 @@ def main(argv: Sequence[str]) -> int:
     ]
     if not arguments.only_report:
         studies[0].prepare()
+    earlier = {} if arguments.earlier is None else _earlier(Path(arguments.earlier))
     for run in runs_of(arguments.kinds, arguments.levels):
         for study in studies:
-            if not arguments.only_report:
+            known = earlier.get((run.kind, run.level, run.cleaned, study.seed))
+            if not arguments.only_report and known is None:
                 study.run(run)
-            if study.is_done(run):
-                rows.append(study.row(run))
+            if known is not None or study.is_done(run):
+                rows.append(known or study.row(run))
     if not rows:
         raise UserError(f"{arguments.work}: no run is finished; run this without --only-report")
     title = "Six kinds of bad data, with and without cleaning"
@@ -181,6 +183,14 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
+def _earlier(path: Path) -> dict[tuple[str, int, bool, int], dict[str, Any]]:
+    """Return the rows of a file of results by kind, level, whether cleaned, and seed."""
+    [rows] = read_json(path)["tables"].values()
+    return {
+        (row["kind"], row["percent"], row["data"] == "cleaned", row["seed"]): row for row in rows
+    }
+
+
 class Study:
     """One seed: its spoilt data and its runs.
 
@@ -193,7 +203,7 @@ class Study:
     """
 
     def __init__(self, work: Path, seed: int, steps: int, scenes: Sequence[int]) -> None:
-        self._work, self._seed, self._steps = work / "-".join(map(str, scenes)), seed, steps
+        self._work, self.seed, self._steps = work / "-".join(map(str, scenes)), seed, steps
         self._counts = dict(zip(("train", "test"), scenes, strict=True))
         self._folder = self._work / f"seed{seed}-{steps}"
 
@@ -239,13 +249,13 @@ class Study:
             _descriptions(folder / "answers"),
             read_json(self._built("test") / "existence.json"),
         )
-        found = cluster_bootstrap_interval(values, images, seed=self._seed)
+        found = cluster_bootstrap_interval(values, images, seed=self.seed)
         return {
             "kind": run.kind,
             "level": f"{run.level} %",
             "percent": run.level,
             "data": "cleaned" if run.cleaned else "as it is",
-            "seed": self._seed,
+            "seed": self.seed,
             **read_json(folder / "outcome.json"),
             "accuracy": f"{found.estimate:.3f} ({found.low:.3f} to {found.high:.3f})",
             **found.as_dict(),
@@ -253,10 +263,10 @@ class Study:
 
     def spoilt(self, run: Run) -> Spoilt:
         """Return the conversations of a run before cleaning."""
-        talks = conversations(self._captions(), self._truth(), seed=self._seed)
+        talks = conversations(self._captions(), self._truth(), seed=self.seed)
         count = len(talks) // 4
         return spoil(
-            run.kind, talks[:count], talks[count:], self._truth(), run.level / 100, self._seed
+            run.kind, talks[:count], talks[count:], self._truth(), run.level / 100, self.seed
         )
 
     def _scenes(self, split: str) -> Path:
@@ -330,7 +340,7 @@ class Study:
             return
         settings = {
             "output_dir": str(out),
-            "seed": self._seed,
+            "seed": self.seed,
             "projector": None,
             "lora": None,
             "model.vision_tower.name": str(PIECES / "efficientnet-lite0"),
@@ -582,6 +592,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         "--scenes", type=int, nargs=2, default=[1600, 150], help="to train on, to ask about"
     )
     parser.add_argument("--work", default="demo/data-quality", help="pieces, data and runs")
+    parser.add_argument(
+        "--earlier", default=None, help="data-quality.json whose runs are not repeated"
+    )
     parser.add_argument("--output", default=None, help="folder for a page of results")
     parser.add_argument("--only-report", action="store_true", help="train nothing")
     return parser.parse_args(argv)
