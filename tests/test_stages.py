@@ -115,10 +115,16 @@ def test_a_changed_configuration_is_refused_with_the_difference(stage1_run: Path
     ("config", "folder"), [("stage2", "language_model"), ("stage2_lora", "adapter")]
 )
 def test_stage_2_learns_from_stage_1s_projector_and_resumes_bit_for_bit(
-    config: str, folder: str, stage1_run: Path, tmp_path: Path
+    config: str,
+    folder: str,
+    stage1_run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     projector = f"projector={stage1_run}/final"
     assert run("stage2", tmp_path / "whole", projector, config=config) == 0
+    ask = f"ask it: vlm-sft chat {tmp_path / 'whole' / 'final'} --image IMAGE"
+    assert capsys.readouterr().err.splitlines()[-1] == ask
     # The other run loses all that came after its first checkpoint, as after a kill.
     assert run("stage2", tmp_path / "cut", projector, config=config) == 0
     for lost in ("final", "checkpoints/step-00000004"):

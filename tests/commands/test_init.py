@@ -11,7 +11,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaFo
 
 from vlm_sft import init
 from vlm_sft.commands import init as work
-from vlm_sft.commands.init_files import Chosen, Project, _steps_between, stage1_file
+from vlm_sft.commands.init_files import Chosen, Project, _steps_between, stage1_file, stage2_file
 from vlm_sft.config.method import training_method
 from vlm_sft.config.schema import RunConfig, load_config
 from vlm_sft.data.conversation import Conversation
@@ -66,6 +66,8 @@ def test_one_file_of_questions_gives_both_stages_and_a_suite(folder, tmp_path, c
     assert stage1.data.train == stage2.data.train and stage1.data.template == "chatml"
     assert (training_method(stage1), training_method(stage2)) == ("stage1", "full")
     assert stage2.projector == f"{stage1.output_dir}/final"
+    rates = stage2.optim.learning_rate  # of a small language model
+    assert (rates.projector, rates.language_model) == (2e-4, 1e-4)
     assert stage2.train.precision == "fp32" and stage2.train.global_batch_size == 8
     suite = load_suite(tmp_path / "my" / "suite.yaml")
     assert suite.tasks[0].kind == "gqa"
@@ -187,6 +189,11 @@ def test_a_cpu_gets_few_image_tokens_and_the_tower_runs_once(tmp_path):
     assert on_cpu["model"]["vision_tower"].pop("grid_pool") == 3
     assert on_cpu["data"].pop("feature_cache") == "my/runs/features"
     assert on_cpu == on_gpu
+    for parameters, rate in ((7_000_000_000, 2e-5), (135_000_000, 1e-4)):
+        chosen = Chosen("full", "none", 8, 8, 3, 128, 30, parameters=parameters)
+        text = stage2_file(Project(**project, grid_pool=None, device="h100"), chosen)
+        rates = yaml.safe_load(text)["optim"]["learning_rate"]
+        assert float(rates["language_model"]) == rate
 
 
 def test_captions_and_other_starts_decide_about_stage_1(folder, tmp_path):

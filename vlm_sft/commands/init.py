@@ -357,6 +357,7 @@ def _plan(
     estimator = Estimator(config, device, gpus=arguments.gpus, efficiency=ASSUMED_EFFICIENCY)
     records = _data_stats(arguments, config, estimator, head)
     image_tokens = _image_tokens(estimator)
+    language_model = estimator.model(method).language_model
     longest = records.longest()
     rounded = min(LENGTHS[0], -(-longest * 5 // 4 // 64) * 64)  # a quarter more than was seen
     shorter = tuple(length for length in LENGTHS if length < rounded)
@@ -379,6 +380,7 @@ def _plan(
                 micro_batch_size=size,
                 max_length=length,
                 memory=memory.total / GIB,
+                parameters=sum(weight.numel() for weight in language_model.parameters()),
                 notes=tuple(known_shapes(config.model)),
             )
     return None

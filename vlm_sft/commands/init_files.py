@@ -96,6 +96,7 @@ class Chosen:
         steps: Optimizer steps of the run, about.
         quantized: Whether the frozen weights of the language model are in 4 bits.
         memory: Planned memory in GiB.
+        parameters: Parameters of the language model; 0: unknown.
         notes: Sentences about the plan.
     """
 
@@ -108,11 +109,19 @@ class Chosen:
     steps: int
     quantized: bool = False
     memory: float = 0.0
+    parameters: int = 0
     notes: tuple[str, ...] = ()
 
 
 _RATES: Final = {"full": "2e-5", "lora": "2e-4", "qlora": "2e-4"}
 """Learning rates of the language model (LLaVA-1.5)."""
+
+SMALL: Final = 1_000_000_000
+"""Below so many parameters, LLaVA-1.5's learning rates for all weights of 7B hardly change a model.
+
+Measured with SmolLM2-135M and one epoch of 74 captions: a validation loss of 3.44 with 2e-5 for both
+parts, 3.25 with 2e-4 and 1e-4 (which `init` writes), and 3.51 with 1e-3 and 3e-4.
+"""
 
 
 def stage1_file(project: Project, chosen: Chosen) -> str:
@@ -170,6 +179,14 @@ lora:
   targets: all-linear
 
 """
+    rates = (
+        f"    projector: 2e-5        # LLaVA-1.5\n    language_model: {_RATES.get(method, '2e-5')}"
+    )
+    if method == "full" and 0 < chosen.parameters < SMALL:
+        rates = (
+            "    projector: 2e-4        # LLaVA-1.5 has 2e-5 for both, and 7B parameters\n"
+            "    language_model: 1e-4"
+        )
     validation = ""
     if project.eval is not None:
         validation = f"  eval:\n{_file(project.eval, project, stage2=True)}\n"
@@ -196,8 +213,7 @@ seed: 42
 {_data(project, chosen)}
 optim:
   learning_rate:
-    projector: 2e-5        # LLaVA-1.5
-    language_model: {_RATES.get(method, "2e-5")}
+{rates}
 {_optim()}
 {_train(project, chosen)}"""
 

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from shlex import quote
 
 from accelerate import Accelerator
 
@@ -95,7 +96,7 @@ def run_stage(config: RunConfig, *, stage: Stage, allowed: Sequence[str] = ()) -
             how = f"stopped by {result.stopped_by.name}" if result.stopped_by else "finished"
             history.end(result.step, how)
             close_trackers_and_report(accelerator, output_dir)
-    log_result(result)
+    log_result(result, stage)
     return result
 
 
@@ -236,12 +237,14 @@ def log_already_finished(config: RunConfig, final: Checkpoint) -> None:
     )
 
 
-def log_result(result: RunResult) -> None:
-    """Log where the run is saved."""
+def log_result(result: RunResult, stage: Stage) -> None:
+    """Log where the run is saved, and after stage 2 the command that asks the model."""
     checkpoint = result.checkpoint
     if result.stopped_by is None:
         assert checkpoint is not None
         logger.info("finished: %s (step %d)", checkpoint.folder, result.step)
+        if stage == "stage2":
+            logger.info("ask it: vlm-sft chat %s --image IMAGE", quote(str(checkpoint.folder)))
     elif checkpoint is not None:
         logger.info(
             "stopped by %s after step %d; saved in %s; run the same command to resume",
