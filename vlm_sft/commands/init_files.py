@@ -119,8 +119,8 @@ _RATES: Final = {"full": "2e-5", "lora": "2e-4", "qlora": "2e-4"}
 SMALL: Final = 1_000_000_000
 """Below so many parameters, LLaVA-1.5's learning rates for all weights of 7B hardly change a model.
 
-Measured with SmolLM2-135M and one epoch of 74 captions: a validation loss of 3.44 with 2e-5 for both
-parts, 3.25 with 2e-4 and 1e-4 (which `init` writes), and 3.51 with 1e-3 and 3e-4.
+Measured with SmolLM2-135M and one epoch of 74 captions: a validation loss of 3.44 with 2e-5 for
+both parts, 3.25 with 2e-4 and 1e-4 (which `init` writes), and 3.51 with 1e-3 and 3e-4.
 """
 
 
