@@ -11,7 +11,6 @@ from vlm_sft.utils.image_paths import (
     image_path,
     looked_for,
     nearest_existing,
-    nearest_folder,
 )
 
 
@@ -138,5 +137,6 @@ def test_a_missing_path_is_said_with_its_place_and_never_with_itself(
     assert looked_for("../gone") == f"{place}gone), which is a symbolic link to nothing"
     assert looked_for("../others") == f"{place}others)"
     monkeypatch.chdir(tmp_path)
-    assert "'photos' exists" in nearest_folder("photo")
-    assert nearest_folder("photos.tsv") == nearest_folder("photos") == ""
+    assert "'photos' exists" in nearest_existing("photo", folder=True)
+    for name in ("photos.tsv", "photos", "owner/" + "long" * 100):
+        assert nearest_existing(name, folder=True) == ""

@@ -9,7 +9,7 @@ from vlm_sft.config.fields import ImageAspect
 from vlm_sft.config.schema import means_folder
 from vlm_sft.errors import UserError
 from vlm_sft.utils.hub import use_cache_if_hub_unreachable
-from vlm_sft.utils.image_paths import looked_for, nearest_folder
+from vlm_sft.utils.image_paths import looked_for, nearest_existing
 from vlm_sft.utils.libraries import library_call
 from vlm_sft.utils.reading import read_json
 
@@ -96,7 +96,8 @@ def small_files(name: str, *, download: bool = True, patterns: list[str] | None 
                 "'*.json'`, or name a local folder"
             ) from error
     use_cache_if_hub_unreachable()
-    action = f"get {name!r} from the hub, and there is no such folder{nearest_folder(name)}"
+    near = nearest_existing(name, folder=True)
+    action = f"get {name!r} from the hub, and there is no such folder{near}"
     with library_call("huggingface_hub", WHERE, action):
         return Path(snapshot_download(name, allow_patterns=patterns or _SMALL_FILES))
 

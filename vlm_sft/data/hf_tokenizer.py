@@ -14,7 +14,7 @@ from vlm_sft.config.schema import LanguageModelConfig, means_folder
 from vlm_sft.errors import UserError
 from vlm_sft.utils.constants import IMAGE_PLACEHOLDER
 from vlm_sft.utils.hub import use_cache_if_hub_unreachable
-from vlm_sft.utils.image_paths import looked_for, nearest_folder
+from vlm_sft.utils.image_paths import looked_for, nearest_existing
 from vlm_sft.utils.libraries import library_call
 from vlm_sft.utils.model_folders import custom_code_refused, require_plain_folder
 
@@ -54,7 +54,7 @@ def load_tokenizer(
     action = f"load a tokenizer from {name!r}"
     if not folder.is_dir():
         use_cache_if_hub_unreachable()
-        near = nearest_folder(name)
+        near = nearest_existing(name, folder=True)
         action = f"get the tokenizer of {name!r} from the hub, and there is no such folder{near}"
     with library_call("transformers", key, action), custom_code_refused(key, name):
         options: dict[str, Any] = {}

@@ -10,7 +10,7 @@ from transformers import dynamic_module_utils
 from vlm_sft.config.schema import means_folder
 from vlm_sft.errors import UserError
 from vlm_sft.utils.hub import use_cache_if_hub_unreachable
-from vlm_sft.utils.image_paths import nearest_folder
+from vlm_sft.utils.image_paths import nearest_existing
 from vlm_sft.utils.libraries import library_call
 from vlm_sft.utils.model_folders import custom_code_refused, require_plain_folder
 from vlm_sft.utils.progress import waiting
@@ -36,7 +36,7 @@ def load_pretrained(load: Callable[..., Any], name: str, where: str, **kwargs: A
     action = f"load the folder {name!r}"
     if not folder.is_dir():
         use_cache_if_hub_unreachable()
-        near = nearest_folder(name)
+        near = nearest_existing(name, folder=True)
         action = f"get {name!r} from the hub, and there is no such folder{near}"
     with library_call("transformers", where, action), custom_code_refused(where, name):
         if folder.is_dir():

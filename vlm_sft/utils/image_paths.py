@@ -155,14 +155,22 @@ def missing_image(path: str | Path) -> str:
     )
 
 
-def nearest_existing(path: str | Path) -> str:
+def nearest_existing(path: str | Path, *, folder: bool = False) -> str:
     """Return a hint that names the most similar existing file; empty if there is none.
 
     Two names can look identical and differ in Unicode form, case or kind of slash. The hint begins
     with `; ` and is appended to a message: `; 'a.JPG' exists, which differs in case`.
+
+    Args:
+        path: The missing path.
+        folder: Whether only another folder can have been meant, not a file or `path` itself, as by
+            a name that may be one of a model hub.
     """
     try:
-        found = _nearest(Path(os.path.abspath(path)))
+        missing = Path(os.path.abspath(path))
+        found = _nearest(missing)
+        if folder and (missing.exists() or not (found and missing.with_name(found[0]).is_dir())):
+            return ""
     except (OSError, ValueError):
         return ""
     if found is None:
@@ -174,24 +182,15 @@ def nearest_existing(path: str | Path) -> str:
 def looked_for(path: str | Path) -> str:
     """Return where a missing path was looked for and what is near, to append to a message."""
     absolute = os.path.abspath(path)
-    hint = nearest_existing(absolute)
     if os.path.isfile(absolute):
         hint = ", which is a file"
     elif os.path.isdir(absolute):
         hint = ", which is a folder"
     elif os.path.islink(absolute):
         hint = ", which is a symbolic link to nothing"
+    else:
+        hint = nearest_existing(absolute)
     return f" (looked for {escape_control_line(absolute, 300)}){hint}"
-
-
-def nearest_folder(name: str) -> str:
-    """Return the hint of `nearest_existing` for a name that may be of a model hub, too.
-
-    A file is never what was meant.
-    """
-    folder = os.path.abspath(name)
-    found = None if os.path.lexists(folder) else _nearest(Path(folder))
-    return nearest_existing(folder) if found and Path(folder).with_name(found[0]).is_dir() else ""
 
 
 def _nearest(path: Path) -> tuple[str, str] | None:
