@@ -66,7 +66,7 @@ def build(arguments: argparse.Namespace) -> None:
             write_owned(folder / f"{name}.json", output.data())
         write_owned_json(folder / "build.json", summary)
     findings = dict(summary["findings"])
-    if arguments.captions is None:  # then none is missing
+    if "captions" not in summary["inputs"]:  # then none is missing
         findings.pop("image_without_captions", None)
     lines = [*finding_lines(findings.values()), *_table(summary)]
     if target is None:

@@ -30,6 +30,7 @@ from vlm_sft.data.conversation import Conversation, Turn
 from vlm_sft.data.records import open_records
 from vlm_sft.errors import RecordError, UserError
 from vlm_sft.model.dtypes import DTYPES
+from vlm_sft.model.parts import parameters_by_part
 from vlm_sft.planning.assumed import AssumedRecords, assumed_data_stats, parse_assumed
 from vlm_sft.planning.data_stats import DataStats, read_data_stats
 from vlm_sft.planning.devices import find_device
@@ -357,7 +358,6 @@ def _plan(
     estimator = Estimator(config, device, gpus=arguments.gpus, efficiency=ASSUMED_EFFICIENCY)
     records = _data_stats(arguments, config, estimator, head)
     image_tokens = _image_tokens(estimator)
-    language_model = estimator.model(method).language_model
     longest = records.longest()
     rounded = min(LENGTHS[0], -(-longest * 5 // 4 // 64) * 64)  # a quarter more than was seen
     shorter = tuple(length for length in LENGTHS if length < rounded)
@@ -374,13 +374,14 @@ def _plan(
         found = Planner(estimator, stats, steps, None).chosen(method, most)
         if found is not None:
             policy, size, memory = found
+            weights = parameters_by_part(estimator.model(method))["language_model"]
             return replace(
                 start,
                 policy=policy,
                 micro_batch_size=size,
                 max_length=length,
                 memory=memory.total / GIB,
-                parameters=sum(weight.numel() for weight in language_model.parameters()),
+                parameters=sum(weight.numel() for _, weight in weights),
                 notes=tuple(known_shapes(config.model)),
             )
     return None

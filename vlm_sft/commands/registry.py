@@ -84,7 +84,7 @@ def prepare_command(package: str) -> None:
 
 
 def _start_command() -> None:
-    """Make Ctrl-C end the process with one line, until `run_command` handles it."""
+    """Make Ctrl-C end the process with one line until `run_command` handles it, and exit fast."""
     atexit.register(_end_process)  # registered first, so called after all other handlers
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, exit_at_once)

@@ -218,12 +218,12 @@ def _notes(results: Mapping[str, Any], found: Sequence[TaskResult], seed: int) -
         if refused:
             yield f"note: {task.name}: the server refused {refused:,} questions, counted as wrong"
         without = without_own_image(task, seed=seed)
-        if without is None or without[1].low > 0:
+        if without is None or without[1]["low"] > 0:
             continue
         condition, gain = without
         other = "a blank one" if condition == "blank" else "that of another question"
-        shown = f"{gain.estimate:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]"
-        if gain.high < 0:
+        shown = f"{gain['estimate']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}]"
+        if gain["high"] < 0:
             yield (
                 f"note: {task.name}: the score with its own image is lower than with {other} "
                 f"({shown}): check that images and questions belong together"

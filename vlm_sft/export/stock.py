@@ -496,7 +496,7 @@ def tied_config(
     """Return `config`, with the head tied to the embeddings if the language model's is.
 
     The head stays its own matrix where the stock class cannot tie it for this family, and where the
-    logits are scaled: the stock head has no scale, so it goes into the weights of the head.
+    logits are scaled: the stock head has no scale, so the weights of the exported head include it.
 
     Args:
         language_model: A causal language model.

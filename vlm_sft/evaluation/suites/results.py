@@ -143,16 +143,23 @@ def _truth(task: Task, condition: SuiteCondition) -> list[Row]:
     return [replace(row, values={**row.values, "answerable": False}) for row in task.truth]
 
 
-def looks(tasks: Sequence[TaskResult], *, seed: int) -> dict[str, Any] | None:
+def looks(
+    tasks: Sequence[TaskResult], *, seed: int, other: SuiteCondition = "shuffled"
+) -> dict[str, Any] | None:
     """Return the mean score with a question's own image minus that with another question's.
 
     None if no question was asked with both. A model that does not look has a difference of zero.
+
+    Args:
+        tasks: Results of tasks.
+        seed: Of the bootstrap.
+        other: What the own image is compared with.
     """
     pairs = [
-        (question.scores["right"], question.scores["shuffled"], question.image)
+        (question.scores["right"], question.scores[other], question.image)
         for task in tasks
         for question in task.questions
-        if question.scores.keys() >= {"right", "shuffled"}
+        if question.scores.keys() >= {"right", other}
     ]
     if not pairs:
         return None
@@ -166,7 +173,9 @@ def looks(tasks: Sequence[TaskResult], *, seed: int) -> dict[str, Any] | None:
     }
 
 
-def without_own_image(task: TaskResult, *, seed: int) -> tuple[SuiteCondition, Interval] | None:
+def without_own_image(
+    task: TaskResult, *, seed: int
+) -> tuple[SuiteCondition, dict[str, Any]] | None:
     """Return how much higher a task's scores are with the own images than without them.
 
     Compared is another question's image, or a blank one if the task does not ask with those.
@@ -178,11 +187,10 @@ def without_own_image(task: TaskResult, *, seed: int) -> tuple[SuiteCondition, I
     if task.kind not in WITH_TRUE_ANSWERS | NOT_SHARES:
         return None
     for condition in reversed(_WITHOUT_IMAGE):
-        asked = [q for q in task.questions if q.scores.keys() >= {"right", condition}]
-        images = [q.image for q in asked]
-        if len(set(images)) >= 4:
-            differences = [q.scores["right"] - q.scores[condition] for q in asked]
-            return condition, difference_interval(differences, images, seed=seed)
+        found = looks([task], seed=seed, other=condition)
+        images = {question.image for question in task.questions if condition in question.scores}
+        if found is not None and len(images) >= 4:
+            return condition, found["difference"]
     return None
 
 
