@@ -120,8 +120,8 @@ SMALL: Final = 1_000_000_000
 """Parameters of a language model below which `init` raises LLaVA-1.5's rates for full fine-tuning.
 
 LLaVA-1.5 chose them for 7B; a small model barely learns with them. Measured with SmolLM2-135M and
-one epoch of 74 captions: a validation loss of 3.44 with 2e-5 for both parts, 3.25 with 2e-4 and 1e-4
-(which `init` writes), and 3.51 with 1e-3 and 3e-4.
+one epoch of 74 captions: a validation loss of 3.44 with 2e-5 for both parts, 3.25 with 2e-4 and
+1e-4 (which `init` writes), and 3.51 with 1e-3 and 3e-4.
 """
 
 
