@@ -157,7 +157,7 @@ def test_a_stopped_run_ends_with_one_line_that_says_how_to_resume(
 
     def main(argv: Sequence[str]) -> int:
         result = RunResult(step=4, checkpoint=saved, stopped_by=stopped_by)
-        log_result(result)
+        log_result(result, "stage1")
         return result.exit_code
 
     configure_logging()

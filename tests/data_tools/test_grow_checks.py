@@ -31,7 +31,10 @@ POLICY = Policy(VerifyConfig(), CATEGORIES)
 def image(number: int, *boxes: tuple[str, float, float, float, float], caption: str = "") -> Any:
     return AnnotatedImage(
         number, f"{number}.jpg", 400, 200, (caption or "A picture.",),
-        tuple(Box(name, *box, False, 100 * number + i) for i, (name, *box) in enumerate(boxes)),
+        tuple(
+            Box(name, x, y, width, height, False, 100 * number + i)
+            for i, (name, x, y, width, height) in enumerate(boxes)
+        ),
         (1000 + number,),
     )  # fmt: skip
 

@@ -271,7 +271,7 @@ def test_the_verifier_accepts_every_answer_on_real_images() -> None:
 def test_the_verifier_accepts_every_answer_on_coco() -> None:
     folder = Path(os.environ["VLM_SFT_COCO_DIR"]) / "annotations"
     files = [sorted(folder.glob(f"{kind}_*.json"))[0] for kind in ("instances", "captions")]
-    _assert_accepted(read_coco(*files, 1), numbers=2)
+    _assert_accepted(read_coco(files[0], files[1], 1), numbers=2)
 
 
 def test_the_verifier_accepts_every_answer_on_drawn_scenes(tmp_path: Path) -> None:
