@@ -6,12 +6,14 @@
 Records: generated records of one exchange, which repeat a few real images, are read, tokenized,
 filtered, ordered and packed as in a run. The cost per record should not depend on their number
 (needs Linux: memory is read from /proc). Step, text and image: a step of the tiny LLaVA,
-tokenization, and reading images. Processes: the same steps of `vlm_sft.stage2` under torchrun with
-one process and with two.
+tokenization, and reading images. Processes: steps of `vlm_sft.stage2` under torchrun, equal ones
+with one process and with two, and of four records a process with one, two and four. Planned: what
+`vlm-sft plan` expects of LLaVA-1.5's recipes on 1 to 64 GPUs.
 """
 
 import argparse
 import json
+import os
 import re
 import statistics
 import subprocess
@@ -334,8 +336,9 @@ def _train_in_processes(
     work: Path, folder: Path, scaling: str, count: int, batch: int, steps: int
 ) -> dict[str, Any]:
     say(f"{scaling}: {count} processes")
-    run = folder / f"run-{count}-{batch}"
-    run.mkdir(exist_ok=True)
+    # Two processes are the same run in both scalings; in one folder the second would resume it.
+    run = folder / f"{scaling}-{count}".replace(" ", "-")
+    run.mkdir()
     job = {
         "model": str(work / "model"),
         "rows": str(folder / "rows.jsonl"),
@@ -365,7 +368,9 @@ def _torchrun(count: int, job: Path) -> None:
     script = str(PEERS / "ours.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count)]
     command += ["--standalone", script, str(job)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    # torchrun sets one thread for several processes only: a single one would use every core.
+    environ = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environ)
     if done.returncode:
         say(done.stderr[-3000:])
         raise UserError(f"{count} processes: the run failed; its last words are above")

@@ -225,7 +225,8 @@ def _compare_on_whole_set(work: Path, arguments: argparse.Namespace, facts: JobF
             f"its name; they are {', '.join(peer.name for peer in WHOLE_PEERS)}"
         )
     runs = Runs(work, arguments)
-    runs.planned = arguments.rounds * sum(peer.weight * 4 * (WHOLE_STEPS + 1) for peer in peers)
+    runs.planned = arguments.rounds * sum(peer.weight * (WHOLE_STEPS + 3) for peer in peers)
+    runs.planned += len(peers) * REFERENCE.weight * (1 + 3)
     _make_environments([REFERENCE, *peers], arguments)
     rows = make_rows(WHOLE_ROWS, seed=SEED + 1)
     data = _data(work / "whole", rows)
