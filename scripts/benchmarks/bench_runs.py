@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from bench_environments import PEERS, environment_python
 
@@ -20,6 +20,9 @@ BATCH = 4
 """Default number of records per step."""
 
 JobFields = Mapping[str, Any]
+
+ONE_THREAD: Final = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+"""Environment of a process that computes on one thread."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,10 @@ class Peer:
         """Whether the peer is vlm_sft itself."""
         return self.script == "ours.py"
 
+    def work(self, steps: int) -> float:
+        """Return the relative time of a run of so many steps; its start takes about three."""
+        return self.weight * (steps + 3)
+
 
 class Runs:
     """Runs peers one after the other, and logs an estimate of the remaining time."""
@@ -56,7 +63,7 @@ class Runs:
         self._root = Path(arguments.environments)
         self._number, self._start = 0, time.monotonic()
         self.planned, self.done = 0.0, 0.0
-        """Planned and finished work: the sum of steps times the peer's weight."""
+        """Planned and finished work: the sum of `Peer.work` over the runs."""
 
     def run(self, peer: Peer, job: JobFields, *, note: str) -> dict[str, Any]:
         """Return what the peer measured.
@@ -90,7 +97,7 @@ class Runs:
             code = subprocess.run(
                 command, stdout=log, stderr=log, env=self._environ(peer), cwd=folder
             ).returncode
-        self.done += peer.weight * (whole["steps"] + 3)
+        self.done += peer.work(whole["steps"])
         if code != 0 or not result.is_file():
             raise PeerError(peer, (folder / "log.txt").read_text(errors="replace"))
         found: dict[str, Any] = json.loads(result.read_text())
@@ -101,7 +108,7 @@ class Runs:
         environ = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
         environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         if self.device == "cpu":
-            environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+            environ |= ONE_THREAD | {"CUDA_VISIBLE_DEVICES": ""}
         if peer.is_ours:
             environ["PYTHONPATH"] = str(PEERS.parent.parent.parent)  # the root of the repository
         return environ

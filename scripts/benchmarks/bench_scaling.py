@@ -30,7 +30,7 @@ from bench_model import SEED, make_model, model_section
 from bench_plots import plot_lines
 from bench_results import FOLDER, command_line, machine_facts, print_table, write_results
 from bench_rows import image_bytes, make_rows, write_images, write_rows
-from bench_runs import say
+from bench_runs import ONE_THREAD, say
 from bench_sizes import IMAGE, NUM_IMAGE_TOKENS, SIZES
 from rich.console import Console
 from transformers import AutoTokenizer
@@ -369,8 +369,7 @@ def _torchrun(count: int, job: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count)]
     command += ["--standalone", script, str(job)]
     # torchrun sets one thread for several processes only: a single one would use every core.
-    environ = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environ)
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | ONE_THREAD)
     if done.returncode:
         say(done.stderr[-3000:])
         raise UserError(f"{count} processes: the run failed; its last words are above")

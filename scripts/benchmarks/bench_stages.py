@@ -21,7 +21,7 @@ from bench_model import SEED, read_size
 from bench_plots import plot_stages
 from bench_results import command_line, print_table, write_results
 from bench_rows import Row, make_captions, make_long_rows, make_rows, write_images, write_rows
-from bench_runs import JobFields, Peer, PeerError, Runs, say
+from bench_runs import ONE_THREAD, JobFields, Peer, PeerError, Runs, say
 from bench_sizes import NUM_IMAGE_TOKENS
 from rich.console import Console
 from transformers import AutoTokenizer
@@ -225,7 +225,7 @@ def machine_rate(device: str) -> float:
     On a CPU it has one thread, as the peers.
     """
     script = Path(__file__).parent / "bench_flops.py"
-    one_thread = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"} if device == "cpu" else {}
+    one_thread = ONE_THREAD if device == "cpu" else {}
     done = subprocess.run(
         [sys.executable, str(script), device],
         capture_output=True, text=True, check=True, env={**os.environ, **one_thread},

@@ -95,7 +95,7 @@ def _compare_peers(work: Path, arguments: argparse.Namespace, facts: JobFields) 
     peers = [peer for peer in ALL_PEERS if _wanted(peer, arguments)]
     runs = Runs(work, arguments)
     able = [peer for peer in peers if _missing(peer) is None]
-    runs.planned = rounds * sum(peer.weight * (steps + 3) for peer in able)
+    runs.planned = rounds * sum(peer.work(steps) for peer in able)
     _make_environments(able, arguments)
     found: dict[str, list[dict[str, Any]]] = {peer.name: [] for peer in able}
     for number in range(rounds):
@@ -225,8 +225,8 @@ def _compare_on_whole_set(work: Path, arguments: argparse.Namespace, facts: JobF
             f"its name; they are {', '.join(peer.name for peer in WHOLE_PEERS)}"
         )
     runs = Runs(work, arguments)
-    runs.planned = arguments.rounds * sum(peer.weight * (WHOLE_STEPS + 3) for peer in peers)
-    runs.planned += len(peers) * REFERENCE.weight * (1 + 3)
+    runs.planned = arguments.rounds * sum(peer.work(WHOLE_STEPS) for peer in peers)
+    runs.planned += len(peers) * REFERENCE.work(1)  # the first step of each
     _make_environments([REFERENCE, *peers], arguments)
     rows = make_rows(WHOLE_ROWS, seed=SEED + 1)
     data = _data(work / "whole", rows)
