@@ -1,6 +1,5 @@
 """Whole runs with adapters of every kind: trained, resumed, asked, measured, exported."""
 
-import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -16,11 +15,12 @@ from vlm_sft import chat, evaluate
 from vlm_sft.checkpoint.components import load_adapter
 from vlm_sft.checkpoint.format import read_manifest, verify
 from vlm_sft.config.schema import load_config, parse_config
-from vlm_sft.errors import CheckpointError, ConfigError
+from vlm_sft.errors import CheckpointError, ConfigError, UserError
 from vlm_sft.export.__main__ import main as export
 from vlm_sft.inference.loaded_model import load_checkpoint
 from vlm_sft.model.lora import merged_language_model
 from vlm_sft.model.quantization import is_quantized
+from vlm_sft.utils import libraries
 
 RED = ROOT / "configs" / "tiny" / "data" / "images" / "red-circle-0.png"
 NEW = ["projector=null", "data.eval=[]", "train.eval_samples=0"]
@@ -177,17 +177,10 @@ def test_quantised_training_in_full_is_refused_before_anything_is_read(tmp_path:
 def test_a_missing_bitsandbytes_is_told_before_the_data_is_read(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from vlm_sft.model import quantization as quantize
-
     (tmp_path / "unread.json").write_text("no JSON")
     changes = ["projector=null", f"data.train.0.path={tmp_path / 'unread.json'}"]
-    find_spec = importlib.util.find_spec
-    monkeypatch.setattr(
-        quantize.importlib.util,
-        "find_spec",
-        lambda name, *more: None if name == "bitsandbytes" else find_spec(name, *more),
-    )
-    with pytest.raises(ConfigError, match=r"pip install 'vlm-sft\[qlora\]'"):
+    monkeypatch.setattr(libraries, "is_installed", lambda name: name != "bitsandbytes")
+    with pytest.raises(UserError, match=r"pip install 'vlm-sft\[qlora\]'"):
         run("stage2", tmp_path / "out", *changes, config="stage2_qlora")
 
 

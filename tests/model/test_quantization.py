@@ -1,6 +1,5 @@
 """A base in 4 bits: what is packed, that it stays as it is, and that adapters learn beside it."""
 
-import importlib.util
 import warnings
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from vlm_sft.model.quantization import (
     unquantized_digest,
 )
 from vlm_sft.model.vlm import VisionLanguageModel
+from vlm_sft.utils import libraries
 
 BATCH = rows([5, -1, 6, 100, 101], [7, 102])
 LORA = LoraConfig(r=2, dropout=0.0)
@@ -271,13 +271,8 @@ def test_a_quantized_model_refuses_full_fine_tuning() -> None:
 def test_without_bitsandbytes_the_error_has_the_command_that_installs_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    find_spec = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util,
-        "find_spec",
-        lambda name, *more: None if name == "bitsandbytes" else find_spec(name, *more),
-    )
-    with pytest.raises(ConfigError, match=r"pip install 'vlm-sft\[qlora\]'"):
+    monkeypatch.setattr(libraries, "is_installed", lambda name: name != "bitsandbytes")
+    with pytest.raises(UserError, match=r"pip install 'vlm-sft\[qlora\]'"):
         quantized()
     assert isinstance(quantized(quantization=None), VisionLanguageModel)
 

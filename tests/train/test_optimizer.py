@@ -10,7 +10,7 @@ from torch import nn
 from tests.train.tiny import tiny_model
 from vlm_sft.checkpoint.optimizer import optimizer_component
 from vlm_sft.config.schema import LearningRates, LoraConfig, OptimConfig
-from vlm_sft.errors import CheckpointError, ConfigError
+from vlm_sft.errors import CheckpointError, UserError
 from vlm_sft.model.parts import parameters_by_part
 from vlm_sft.train.optimizer import (
     build_optimizer,
@@ -19,6 +19,7 @@ from vlm_sft.train.optimizer import (
     optimizer_state_bytes,
     set_learning_rates,
 )
+from vlm_sft.utils import libraries
 
 
 def config(**changes: object) -> OptimConfig:
@@ -167,8 +168,8 @@ def test_bytes_of_another_meaning_or_kind_are_refused(tmp_path: Path) -> None:
 def test_without_bitsandbytes_eight_bit_moments_are_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"run `pip install 'vlm-sft\[qlora\]'`"):
+    monkeypatch.setattr(libraries, "is_installed", lambda name: name != "bitsandbytes")
+    with pytest.raises(UserError, match=r"adamw_8bit: .* with `pip install 'vlm-sft\[qlora\]'`"):
         build_optimizer({"projector": []}, config(optimizer="adamw_8bit"))
 
 

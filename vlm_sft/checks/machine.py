@@ -9,13 +9,12 @@ from vlm_sft.config.method import require_stage2
 from vlm_sft.config.schema import RunConfig
 from vlm_sft.model.fp8 import require_fp8
 from vlm_sft.model.quantization import require_quantization
-from vlm_sft.train.adamw_8bit import require_bitsandbytes
 from vlm_sft.train.adamw_bf16 import require_master_weights
 from vlm_sft.train.compile import require_compiler
 from vlm_sft.train.distributed import require_precision
 from vlm_sft.train.environment import require_environment
 from vlm_sft.train.fsdp import choose_sharding
-from vlm_sft.utils.libraries import require_trackers
+from vlm_sft.utils.libraries import require_extra, require_trackers
 
 
 def run_device() -> torch.device:
@@ -36,7 +35,7 @@ def check_machine(config: RunConfig, trainable: Set[str], results: CheckResults)
         require_master_weights(config, trainable)
     with results.check("optimizer"):
         if config.optim.optimizer == "adamw_8bit":
-            require_bitsandbytes()
+            require_extra("bitsandbytes", "optim.optimizer: adamw_8bit")
     with results.check("precision"):
         require_precision(train.precision)
     with results.check("fp8"):

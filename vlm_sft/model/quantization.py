@@ -3,7 +3,6 @@
 bitsandbytes packs and unpacks them.
 """
 
-import importlib.util
 import math
 from collections.abc import Set
 from typing import Any, Final, Literal
@@ -15,7 +14,7 @@ from transformers import PreTrainedModel
 from vlm_sft.errors import ConfigError
 from vlm_sft.model.dtypes import cast_floating
 from vlm_sft.model.hashing import sample_digest, stored_tensors
-from vlm_sft.utils.libraries import install_command
+from vlm_sft.utils.libraries import require_extra
 
 BLOCK_SIZE: Final = 64
 """Weights that share a scale (bitsandbytes' default for 4 bits)."""
@@ -43,9 +42,10 @@ def quantize(
         double_quantization: Whether the scales are quantized too.
 
     Raises:
-        ConfigError: If bitsandbytes is not installed, or the model has no linear layer.
+        ConfigError: If the model has no linear layer.
+        UserError: If bitsandbytes is not installed.
     """
-    require_bitsandbytes()
+    require_extra("bitsandbytes", "model.language_model.quantization")
     layers = linear_layers(model)
     if not layers:
         raise ConfigError(
@@ -82,8 +82,8 @@ def require_quantization(quantization: str | None, trainable: Set[str]) -> None:
         trainable: The trainable parts of the model.
 
     Raises:
-        ConfigError: If the language model itself would be trained, or bitsandbytes is not
-            installed.
+        ConfigError: If the language model itself would be trained.
+        UserError: If bitsandbytes is not installed.
     """
     if quantization is None:
         return
@@ -92,21 +92,7 @@ def require_quantization(quantization: str | None, trainable: Set[str]) -> None:
             f"model.language_model.quantization: {quantization} weights cannot be trained, "
             "but stage 2 would train them; add a `lora` section, or set it to null"
         )
-    require_bitsandbytes()
-
-
-def require_bitsandbytes() -> None:
-    """Check that bitsandbytes is installed.
-
-    Raises:
-        ConfigError: If it is not; the message has the command that installs it.
-    """
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ConfigError(
-            "model.language_model.quantization: bitsandbytes is not installed; run "
-            f"`{install_command('qlora')}` (or `pip install 'bitsandbytes>=0.50'`), or set it to "
-            "null"
-        )
+    require_extra("bitsandbytes", "model.language_model.quantization")
 
 
 def linear_layers(model: PreTrainedModel) -> dict[str, nn.Linear]:

@@ -1,15 +1,13 @@
 """AdamW with 8-bit moments, from bitsandbytes (arXiv 2110.02861)."""
 
 import importlib
-import importlib.util
 import math
 from typing import Any, Final
 
 import torch
 
 from vlm_sft.config.schema import OptimConfig
-from vlm_sft.errors import ConfigError
-from vlm_sft.utils.libraries import install_command, library_call
+from vlm_sft.utils.libraries import library_call, require_extra
 
 MIN_8BIT_SIZE: Final = 4096
 """Smaller tensors keep float32 moments; `min_8bit_size` of bitsandbytes."""
@@ -22,28 +20,15 @@ def build_adamw_8bit(groups: list[dict[str, Any]], config: OptimConfig) -> torch
     """Build the AdamW of bitsandbytes for parameter groups as `build_optimizer` makes them.
 
     Raises:
-        ConfigError: bitsandbytes is not installed.
+        UserError: If bitsandbytes is not installed.
     """
-    require_bitsandbytes()
+    require_extra("bitsandbytes", "optim.optimizer: adamw_8bit")
     with library_call("bitsandbytes", "optim", "create its 8-bit AdamW"):
         optimizer_class = importlib.import_module("bitsandbytes").optim.AdamW8bit
         optimizer: torch.optim.Optimizer = optimizer_class(
             groups, lr=0.0, betas=config.betas, eps=config.epsilon, min_8bit_size=MIN_8BIT_SIZE
         )
     return optimizer
-
-
-def require_bitsandbytes() -> None:
-    """Check that bitsandbytes is installed.
-
-    Raises:
-        ConfigError: It is not; the message has the command that installs it.
-    """
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ConfigError(
-            "optim.optimizer: adamw_8bit needs bitsandbytes, which is not installed; run "
-            f"`{install_command('qlora')}`, or set it to adamw"
-        )
 
 
 def moment_bytes(count: int) -> int:

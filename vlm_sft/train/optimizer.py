@@ -34,7 +34,7 @@ def build_optimizer(
         seed: Seed of the stochastic rounding of weights that are kept in bfloat16, if any.
 
     Raises:
-        ConfigError: 8-bit AdamW was requested and bitsandbytes is not installed.
+        UserError: If 8-bit AdamW is requested and bitsandbytes is not installed.
     """
     groups: list[dict[str, Any]] = []
     for part, named in parts.items():
