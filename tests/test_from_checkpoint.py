@@ -96,6 +96,10 @@ def test_a_full_run_is_resumed_and_its_checkpoint_needs_no_other_folder(
     before = load_checkpoint(released, device="cpu")
     assert not torch.equal(logits(before.model), logits(models[0].model))
     assert models[0].image_spec == before.image_spec
+    assert export([str(whole / "final"), str(tmp_path / "exported"), "--to", "hf"]) == 0
+    card = (tmp_path / "exported" / "README.md").read_text()
+    assert "| finished model | llava |" in card
+    assert "vision tower |" not in card and "language model |" not in card
     assert models[0].chat_tokenizer.template.name == "chatml"
     step = load_checkpoint(whole / "checkpoints" / "step-00000002", device="cpu")
     assert step.generate("Which color?", [IMAGE], max_new_tokens=3) is not None

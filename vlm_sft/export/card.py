@@ -139,14 +139,17 @@ def require_results(path: Path) -> dict[str, Any]:
 
 def _bases(checkpoint: LoadedModel) -> dict[str, str]:
     """Return the names of the base models by what they are; local ones without their path."""
-    config = checkpoint.config
+    config = checkpoint.stored_config  # in `config`, parts may be folders of the checkpoint
     if config is None:
         return {}
     named = {
-        "finished model": config.model.from_checkpoint,
         "vision tower": config.model.vision_tower.name,
         "language model": config.model.language_model.name,
     }
+    finished = config.model.from_checkpoint
+    if finished is not None:  # its parts are named only if they are in another place
+        others = {what: name for what, name in named.items() if name != finished}
+        named = {"finished model": finished, **others}
     return {
         what: name if is_hub_name(name) else Path(name).name for what, name in named.items() if name
     }

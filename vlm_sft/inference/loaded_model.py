@@ -80,6 +80,8 @@ class LoadedModel:
         config: The configuration of the training run; None for a finished model of another program.
         manifest: The checkpoint's manifest: step, stage, versions of libraries, ...; empty for a
             finished model of another program.
+        stored_config: The configuration as the checkpoint stores it, in which the base models have
+            the names that the run was given; None for a finished model of another program.
     """
 
     model: VisionLanguageModel
@@ -90,6 +92,7 @@ class LoadedModel:
     image_processing: ImageProcessing
     config: RunConfig | None
     manifest: dict[str, Any]
+    stored_config: RunConfig | None = None
 
     @property
     def device(self) -> torch.device:
@@ -363,7 +366,8 @@ def load_checkpoint(
         folder = folder / "final"
     with waiting(f"verifying {folder}"):
         manifest = verify(folder).manifest
-    config = find_bases(load_stored_config(folder / "config.yaml"), folder, bases or {})
+    stored_config = load_stored_config(folder / "config.yaml")
+    config = find_bases(stored_config, folder, bases or {})
     files = (folder / "tokenizer").absolute()
     tokenizer = load_tokenizer(LanguageModelConfig(name=str(files)), str(folder / "tokenizer"))
     described = _read_json(folder / "template.json")
@@ -381,6 +385,7 @@ def load_checkpoint(
         image_processing=preprocessing.get("image_processing", "exact"),
         config=config,
         manifest=manifest,
+        stored_config=stored_config,
     )
 
 
