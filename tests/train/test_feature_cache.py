@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import threading
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -232,6 +233,16 @@ def test_a_run_notes_what_the_cache_costs_and_saves(folder: Path) -> None:
     assert filled["saved"] == pytest.approx(filled["tower_share"]) and filled["saved"] > 0
     assert filling["saved"] < filled["saved"]
     assert not (folder / "without" / "feature_cache.json").exists()
+
+
+def test_not_more_workers_than_cores_fill_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0}, raising=False)
+    options = [f"data.feature_cache={tmp_path / 'kept'}", "data.num_workers=2"]
+    with warnings.catch_warnings():  # torch warns of more
+        warnings.filterwarnings("error", message="This DataLoader will create")
+        assert run("stage1", tmp_path / "out", "train.max_steps=1", *options) == 0
 
 
 def test_kept_features_are_those_of_the_tower(folder: Path) -> None:

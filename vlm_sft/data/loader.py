@@ -17,6 +17,7 @@ from vlm_sft.data.batch import Batch, Collator, LoadError
 from vlm_sft.data.dataset import Example
 from vlm_sft.data.packing import RecordLengths, prefix_groups
 from vlm_sft.errors import RecordError, UserError
+from vlm_sft.utils.cores import available_cores
 from vlm_sft.utils.filesystem import warn_once
 
 NOTICE_SECONDS = 5.0
@@ -73,7 +74,7 @@ def load_steps(
         RuntimeError: A worker died; see `lost_worker_errors`.
     """
     sizes: deque[int] = deque()
-    num_workers = _usable_workers(num_workers)
+    num_workers = usable_workers(num_workers)
 
     def micro_batches() -> Iterator[list[int]]:
         for step in steps:
@@ -86,7 +87,7 @@ def load_steps(
         collate_fn=partial(_collate, collator),
         num_workers=num_workers,
         prefetch_factor=2 if num_workers else None,
-        worker_init_fn=_outlive_stop_signals if num_workers else None,
+        worker_init_fn=outlive_stop_signals if num_workers else None,
         # A generator of its own: the loader would draw its base seed from the global one.
         generator=torch.Generator(),
         pin_memory=torch.cuda.is_available(),
@@ -111,18 +112,18 @@ def load_steps(
         raise
 
 
-def _usable_workers(wanted: int) -> int:
+def usable_workers(wanted: int) -> int:
     """Return at most as many workers as this process has CPU cores; say so once if that is less."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    cores = len(affinity(0)) if affinity is not None else os.cpu_count() or 1
+    cores = available_cores()
     if wanted > cores:
         warn_once(
-            f"data.num_workers: {wanted} processes would share {cores} CPU cores; starting {cores}"
+            f"data.num_workers: {wanted} processes would share "
+            f"{cores} CPU core{'s' * (cores > 1)}; starting {cores}"
         )
     return min(wanted, cores)
 
 
-def _outlive_stop_signals(_: int) -> None:
+def outlive_stop_signals(_: int) -> None:
     """Keep a worker from signals to the process group of the run, or to all of its processes.
 
     Ctrl-C and `timeout` send them to the group, `pkill` and batch systems to each process. The run

@@ -1,6 +1,5 @@
 """Time of a training step and of the run, from FLOPs, bytes moved, links and image loading."""
 
-import os
 from dataclasses import dataclass
 
 from vlm_sft.config.method import Method
@@ -10,6 +9,7 @@ from vlm_sft.model.parts import parameters_by_part
 from vlm_sft.planning.estimate import Estimator
 from vlm_sft.planning.gpus import GPUS_PER_MACHINE, NETWORK
 from vlm_sft.planning.step_stats import StepStats
+from vlm_sft.utils.cores import available_cores
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def loader_images_per_second(config: RunConfig, gpus: int, per_core: float | Non
     none). All ranks are assumed to be on a machine with as many cores as this one.
     """
     loaders = max(1, config.data.num_workers) * gpus
-    return (per_core or 0.0) * min(loaders, os.cpu_count() or 1)
+    return (per_core or 0.0) * min(loaders, available_cores())
 
 
 def _teraflop_per_sample(estimator: Estimator, method: Method, stats: StepStats) -> float:

@@ -24,7 +24,7 @@ from vlm_sft.data.dataset import SupervisedDataset
 from vlm_sft.data.feature_store import FeatureStore, disk_use, feature_key, remove_stale
 from vlm_sft.data.image_layout import ImageLayout
 from vlm_sft.data.images import read_bytes
-from vlm_sft.data.loader import lost_worker_errors
+from vlm_sft.data.loader import lost_worker_errors, outlive_stop_signals, usable_workers
 from vlm_sft.errors import ImageError, UserError
 from vlm_sft.model.language_model import causal_lm
 from vlm_sft.model.quantization import num_weights
@@ -393,8 +393,9 @@ def _fill(
     loader = DataLoader(
         missing_images,
         batch_size=FILL_BATCH,
-        num_workers=config.num_workers,
+        num_workers=usable_workers(config.num_workers),
         collate_fn=list,
+        worker_init_fn=outlive_stop_signals,
         generator=torch.Generator(),
     )
     with lost_worker_errors():
