@@ -6,7 +6,7 @@ import time
 import pytest
 
 from vlm_sft.utils import progress
-from vlm_sft.utils.progress import format_seconds, track, waiting
+from vlm_sft.utils.progress import format_rate, format_seconds, track, waiting
 
 
 class Clock:
@@ -85,6 +85,7 @@ def test_an_error_of_the_loop_comes_through(capsys):
 
 def test_seconds_are_written_for_people():
     assert [format_seconds(s) for s in (7, 125, 12000)] == ["7 s", "2 min 05 s", "3 h 20 min"]
+    assert [format_rate(r) for r in (1234.56, 1, 0.0418, 0)] == ["1,234.6", "1.0", "0.042", "0"]
 
 
 def test_a_call_that_does_not_say_how_far_it_is_says_that_it_still_runs(capsys, monkeypatch):

@@ -21,7 +21,7 @@ from vlm_sft.planning.gpus import (
 from vlm_sft.planning.planner import TrainingOption
 from vlm_sft.planning.step_stats import StepStats
 from vlm_sft.utils.console import Console
-from vlm_sft.utils.progress import format_seconds
+from vlm_sft.utils.progress import format_rate, format_seconds
 
 METHOD_NAMES: Final[dict[Method, str]] = {
     "stage1": "stage 1 (projector)",
@@ -194,7 +194,7 @@ class PlanReport:
         table.add_section()
         table.add_row("allocated", *(size(option.memory.allocated) for option in options))
         table.add_row("total", *(size(o.memory.total) + ("" if o.fits else " !") for o in options))
-        table.add_row("samples/s", *(f"{o.speed.samples_per_second:,.1f}" for o in options))
+        table.add_row("samples/s", *(format_rate(o.speed.samples_per_second) for o in options))
         table.caption = "> selected; ! does not fit"
         return table
 
@@ -218,7 +218,7 @@ class PlanReport:
                 "yes" if option.fits else "no",
                 f"{largest:,}" if largest else "none",
                 f"{speed.teraflop_per_sample:.4g}",
-                f"{speed.samples_per_second:,.1f}",
+                format_rate(speed.samples_per_second),
                 f"{speed.utilization:.0%}",
                 format_seconds(speed.hours * 3600),
                 speed.bottleneck,

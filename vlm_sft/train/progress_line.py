@@ -10,7 +10,7 @@ from typing import Any, Self
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from vlm_sft.utils.console import Console
-from vlm_sft.utils.progress import LINE_SECONDS, live_bar
+from vlm_sft.utils.progress import LINE_SECONDS, format_rate, live_bar
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ def describe_row(row: Mapping[str, Any]) -> str:
     loss = "not finite" if row["loss"] is None else f"{row['loss']:.4g}"
     return (
         f"loss {loss}  lr {_learning_rates(row['learning_rate'])}  "
-        f"{row['samples_per_second']:.1f} samples/s  "
+        f"{format_rate(row['samples_per_second'])} samples/s  "
         f"{row['target_tokens_per_second']:,.0f} supervised tok/s  "
         f"{row['memory_bytes'] / 2**30:.1f} GiB"
     )

@@ -197,5 +197,10 @@ def format_seconds(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
+def format_rate(per_second: float) -> str:
+    """Return a rate as `1,234.5`; below 1 with two digits that count, as `0.042`."""
+    return f"{per_second:,.1f}" if per_second >= 1 else f"{per_second:.2g}"
+
+
 def _print(line: str) -> None:
     echo(line)
