@@ -22,6 +22,7 @@ from vlm_sft.commands.parser import (
     whole_number,
 )
 from vlm_sft.commands.run_command import run_command
+from vlm_sft.config.hub_address import PREFIX
 from vlm_sft.errors import UserError
 
 EXAMPLES: Final = """examples:
@@ -36,6 +37,8 @@ EXAMPLES: Final = """examples:
 def main(argv: Sequence[str]) -> int:
     """Write the two files and their counts; return the exit code."""
     arguments = parser().read(argv)
+    if arguments.images is None:
+        arguments.images = _folder_of(arguments.records)
     require_folder("--images", arguments.images)
     if arguments.annotations is not None:
         require_file("--annotations", arguments.annotations)
@@ -68,7 +71,8 @@ def parser() -> CommandParser:
     add("--annotations", type=Path, metavar="FILE", help=answers)
     name = "VQA: name of the image of an image_id, e.g. {image_id}.jpg"
     add("--image-name", metavar="TEXT", help=name)
-    add("--images", type=Path, required=True, metavar="DIR", help="their image_root")
+    images = "folder that the image names start from (default: the folder of --records)"
+    add("--images", type=Path, metavar="DIR", help=images)
     add("--out", type=Path, required=True, metavar="DIR", help="folder to write")
     add(
         "--held-out",
@@ -87,6 +91,19 @@ def parser() -> CommandParser:
     )
     add("--overwrite", action="store_true", help="replace edited files in --out")
     return parser
+
+
+def _folder_of(records: Sequence[str]) -> Path:
+    """Return the folder in which image names start as for training: that of the records.
+
+    Raises:
+        UserError: The records are in several folders, or on a hub.
+    """
+    paths = [Path(name) for name in records]
+    folders = {path if path.is_dir() else path.parent for path in paths}
+    if len(folders) > 1 or any(name.startswith(PREFIX) for name in records):
+        raise UserError("--images: missing; give the folder that the image names start from")
+    return folders.pop()
 
 
 def _share_or_count(text: str) -> float | int:

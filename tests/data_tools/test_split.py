@@ -61,6 +61,23 @@ def split(path: Path, images: Path, out: Path, *options: str) -> tuple[list[Any]
     return train, held_out
 
 
+def test_image_names_start_in_the_folder_of_the_records(tmp_path: Path) -> None:
+    records = make_records(tmp_path / "images", 0)
+    for record in records:
+        if "image" in record:
+            record["image"] = f"images/{record['image']}"
+    given, out = tmp_path / "records.json", tmp_path / "out"
+    given.write_text(json.dumps(records))
+    assert main(["--records", str(given), "--out", str(out), "--held-out", "0.3"]) == 0
+    images = json.loads((out / "split.json").read_text())["images"]
+    assert images["images"] > images["missing"] == 0
+    (tmp_path / "b").mkdir()
+    other = shutil.copy(given, tmp_path / "b")
+    for names in ([str(given), str(other)], ["hf://datasets/a/b"]):
+        with pytest.raises(UserError, match="--images: missing; give the folder"):
+            main(["--records", *names, "--out", str(tmp_path / "no"), "--held-out", "0.3"])
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_duplicates_never_straddle_and_the_order_does_not_matter(
     seed: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
