@@ -62,6 +62,18 @@ def test_fewer_records_than_a_batch_are_a_warning(
     assert "an epoch has 24 records and train.global_batch_size is 100" in out
 
 
+def test_few_steps_of_a_new_projector_are_noted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [CONFIG, f"output_dir={tmp_path}", "train.epochs=1"]
+    assert check.main([*words, "train.global_batch_size=24"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "tokens; 1 step │" in out and "1 step teach" not in out
+    assert "with 1 step a projector that begins with random weights learns little" in out
+    assert check.main([*words, "train.epochs=10", "train.global_batch_size=8"]) == 0
+    assert "learns little" not in capsys.readouterr().out
+
+
 def test_validation_images_in_the_training_data_are_warnings_and_fail_with_strict(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

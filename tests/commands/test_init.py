@@ -19,6 +19,7 @@ from vlm_sft.data.records import read_records
 from vlm_sft.errors import UserError
 from vlm_sft.evaluation.suites.config import load_suite
 from vlm_sft.evaluation.suites.tasks import read_task
+from vlm_sft.utils.cores import available_cores
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "configs" / "tiny" / "data"
@@ -69,6 +70,8 @@ def test_one_file_of_questions_gives_both_stages_and_a_suite(folder, tmp_path, c
     rates = stage2.optim.learning_rate  # of a small language model
     assert (rates.projector, rates.language_model) == (2e-4, 1e-4)
     assert stage2.train.precision == "fp32" and stage2.train.global_batch_size == 8
+    # 24 records: a new projector sees them ten times, the language model three times.
+    assert (stage1.train.epochs, stage2.train.epochs) == (10, 3)
     suite = load_suite(tmp_path / "my" / "suite.yaml")
     assert suite.tasks[0].kind == "gqa"
     assert len(read_task(suite.tasks[0], seed=suite.seed).questions) == 24
@@ -92,6 +95,18 @@ def test_long_answers_are_scored_as_descriptions_and_every_question_is_asked(fol
     assert (answer.kind, describe.kind) == ("gqa", "caption")
     asked = [[q.prompt for q in read_task(t, seed=0).questions] for t in (answer, describe)]
     assert asked == [["Name it."], ["What is there?"]]
+
+
+def test_all_answers_to_one_question_are_scored_alike(folder, tmp_path):
+    records = [
+        {"id": str(n), "image": "images/red-circle-0.png", "conversations": [
+            {"from": "human", "value": "<image>\nWhat is there?"}, {"from": "gpt", "value": text}]}
+        for n, text in enumerate(["A cat.", "A very " + "old " * 8 + "cat.", "A " * 9 + "dog."])
+    ]  # fmt: skip
+    (folder / "alike.json").write_text(json.dumps(records))
+    run(folder, tmp_path / "my", "--data", str(folder / "alike.json"))
+    (task,) = load_suite(tmp_path / "my" / "suite.yaml").tasks
+    assert task.kind == "caption" and len(read_task(task, seed=0).questions) == 3
 
 
 def test_captions_are_asked_for_with_the_same_words_in_stage_2_and_in_the_suite(folder, tmp_path):
@@ -188,6 +203,8 @@ def test_a_cpu_gets_few_image_tokens_and_the_tower_runs_once(tmp_path):
     on_gpu = yaml.safe_load(stage1_file(Project(**project, grid_pool=None, device="h100"), chosen))
     assert on_cpu["model"]["vision_tower"].pop("grid_pool") == 3
     assert on_cpu["data"].pop("feature_cache") == "my/runs/features"
+    assert on_cpu["data"].pop("num_workers") == min(2, available_cores())
+    assert on_gpu["data"].pop("num_workers") == 2
     assert on_cpu == on_gpu
     for parameters, rate in ((7_000_000_000, 2e-5), (135_000_000, 1e-4)):
         chosen = Chosen("full", "none", 8, 8, 3, 128, 30, parameters=parameters)

@@ -36,6 +36,11 @@ CPU_FLOPS: Final = 2e12
 """Maximum work on a CPU, about a minute; of a larger batch only one record is used."""
 
 
+def counted_steps(count: int) -> str:
+    """Return `1 step` or `1,200 steps`."""
+    return f"{count:,} step{'s' * (count != 1)}"
+
+
 def try_longest_batch(
     config: RunConfig,
     sampler: StepSampler,
@@ -82,7 +87,10 @@ def try_longest_batch(
             total = num_steps(config, sampler)
             each = statistics.fmean(data.train.lengths) * config.train.global_batch_size
             expected = format_seconds(seconds / positions(data.train, chosen) * each * total)
-            text = f"about {expected} on this machine for {total:,} steps, by this batch's time"
+            text = (
+                f"about {expected} on this machine for {counted_steps(total)}, by this batch's "
+                "time; loading, evaluating and saving come on top"
+            )
             results.add("duration", "good", text)
     model.zero_grad(set_to_none=True)
 

@@ -32,7 +32,7 @@ from vlm_sft.checks.tokenizer.check import (
     summary,
 )
 from vlm_sft.checks.tokenizer.under_test import Finding
-from vlm_sft.checks.trial_step import try_generation, try_longest_batch
+from vlm_sft.checks.trial_step import counted_steps, try_generation, try_longest_batch
 from vlm_sft.config.method import trainable_parts
 from vlm_sft.config.schema import DataFile, LanguageModelConfig, RunConfig
 from vlm_sft.data.build import (
@@ -82,6 +82,9 @@ from vlm_sft.utils.progress import track
 
 MAX_PRINTED: Final = 20
 """Bad records that are printed; the others are counted."""
+
+FEW_STEPS: Final = 30
+"""Fewer steps than this leave a projector that began with random weights without a use."""
 
 
 def check_run(config: RunConfig, arguments: argparse.Namespace) -> int:
@@ -295,10 +298,18 @@ def _check_data(
             echo(f"bad record: {CODES[entry.reason]}: {entry.message}")
         longest, sampler = max(data.train.lengths), make_sampler(config, data.train)
         steps = num_steps(config, sampler)
-        text = f"longest {longest:,} of {config.data.max_length:,} tokens; {steps:,} steps"
+        text = f"longest {longest:,} of {config.data.max_length:,} tokens; {counted_steps(steps)}"
         if errors:
             text += f"; {len(errors):,} records do not fit"
         results.add("lengths", "bad" if errors else "good", text)
+        if steps < FEW_STEPS and _begins_with_random_projector(config):
+            results.add(
+                "steps",
+                "note",
+                f"with {counted_steps(steps)} a projector that begins with random weights learns "
+                "little, and the model may say the same about every image; raise train.epochs, "
+                "lower train.global_batch_size, or start from a trained projector",
+            )
         seen, batch = sampler.records_per_epoch, config.train.global_batch_size
         if seen < batch:
             results.add(
@@ -312,6 +323,10 @@ def _check_data(
             _check_steps(config, chat_tokenizer, data, model, sampler, results)
         return data, steps
     return None
+
+
+def _begins_with_random_projector(config: RunConfig) -> bool:
+    return not (config.projector or config.start_from or config.model.from_checkpoint)
 
 
 def _check_steps(

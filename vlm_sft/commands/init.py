@@ -70,6 +70,13 @@ ONE_EPOCH: Final = 50_000
 ONE_EPOCH_ON_CPU: Final = 64
 """The same without a GPU: a small model takes about a second a record."""
 
+FEWEST_STAGE1_STEPS: Final = 60
+"""Stage 1 repeats a small file up to this number of steps: after fewer, a projector that began with
+random weights says the same about every image."""
+
+MOST_EPOCHS: Final = 10
+"""Limit of these repetitions."""
+
 LENGTHS: Final = (4096, 2048, 1024, 512, 256)
 """Limits of a record's tokens that are tried in turn, if the longest records do not fit."""
 
@@ -352,6 +359,9 @@ def _plan(
     epochs = 1 if head.count >= (ONE_EPOCH_ON_CPU if device.is_cpu else ONE_EPOCH) else 3
     most = 256 if method == "stage1" else 128
     batch = min(most, max(8, 2 ** int(head.count * epochs / 100).bit_length() // 2))
+    if method == "stage1":
+        needed = math.ceil(FEWEST_STAGE1_STEPS * batch / max(1, head.count))
+        epochs = max(epochs, min(MOST_EPOCHS, needed))
     steps = max(1, math.ceil(head.count * epochs / batch))
     start = Chosen(method, "auto", 1, batch, epochs, LENGTHS[0], steps, quantized)
     config = resolve(_config(write(project, start)), download=False)
@@ -429,13 +439,19 @@ def _suite_questions(
         for question, answer in itertools.pairwise(record.turns)
         if (question.role, answer.role) == ("user", "assistant")
     ]
+    # Of one question, all answers are scored alike: a short caption among longer ones is a caption.
+    answers: dict[str, list[int]] = {}
+    for _, question, answer in asked:
+        answers.setdefault(question.text.strip(), []).append(len(answer.text.split()))
+    lengths = {question: statistics.median(found) for question, found in answers.items()}
     tasks: dict[SuiteTask, list[dict[str, Any]]] = {"answer": [], "describe": []}
     for number, (record, question, answer) in enumerate(
         asked[:: -(-len(asked) // SUITE_QUESTIONS)]
     ):
         image, text = record.images[0], answer.text.strip()
         assert isinstance(image, Path)
-        asks, is_long = question.text.strip(), len(text.split()) > SHORT_WORDS
+        asks = question.text.strip()
+        is_long = lengths[asks] > SHORT_WORDS
         task: SuiteTask = arguments.task or ("describe" if is_long or not asks else "answer")
         row = {"question_id": number, "image_id": number, "record": record.id}
         row |= {"image": os.path.relpath(image, root)}

@@ -8,6 +8,7 @@ from typing import Final, Literal
 
 from vlm_sft.config.method import Method
 from vlm_sft.planning.report import METHOD_NAMES
+from vlm_sft.utils.cores import available_cores
 
 CAPTION_PROMPT: Final = "Describe the image."
 """What stage 2 and the suite ask about an image whose record has no question."""
@@ -328,15 +329,22 @@ def _data(project: Project, chosen: Chosen) -> str:
         else "  image_aspect: pad          # the whole image on a square\n"
     )
     cache = ""
-    if project.device == "cpu":
-        folder = f"{project.runs}/features"
-        cache = f"  feature_cache: {_text(folder)}   # the tower runs once for both stages\n"
+    if project.device == "cpu" and (project.has_stage1 or chosen.epochs > 1):
+        folder, passes = f"{project.runs}/features", "epochs"
+        if project.has_stage1:
+            passes = "both stages"
+        cache = f"  feature_cache: {_text(folder)}   # the tower runs once for {passes}\n"
     return f"""\
   max_length: {chosen.max_length}            # tokens of a record, image tokens included
   length_policy: drop_turns  # longer records lose their last questions and answers
   on_error: stop             # quarantine: skip bad records and list them in ledger.jsonl
-{aspect}{cache}  num_workers: 2
+{aspect}{cache}  num_workers: {_num_workers(project)}
 """
+
+
+def _num_workers(project: Project) -> int:
+    """Return two workers, or one if training is to share a single core with them."""
+    return min(2, available_cores()) if project.device == "cpu" else 2
 
 
 def _optim() -> str:
@@ -355,7 +363,10 @@ def _steps_between(steps: int) -> int:
 
 def _train(project: Project, chosen: Chosen) -> str:
     saves = _steps_between(chosen.steps)
-    every = saves if project.eval is not None and chosen.method != "stage1" else "null"
+    every, best = "null", ""
+    if project.eval is not None and chosen.method != "stage1":
+        every = str(saves)
+        best = "  keep_best: null            # eval_loss: also keep the best step, as RUN/best\n"
     return f"""\
 train:
   epochs: {chosen.epochs}                  # more learn more and take longer
@@ -367,6 +378,6 @@ train:
   keep_last_checkpoints: 2
   eval_every_steps: {every}
   eval_samples: 3
-  log_every_steps: 1
+{best}  log_every_steps: 1
   trackers: []               # tensorboard, wandb, trackio, mlflow; report.html is always written
 """

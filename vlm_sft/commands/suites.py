@@ -231,8 +231,8 @@ def _notes(results: Mapping[str, Any], found: Sequence[TaskResult], seed: int) -
         else:
             yield (
                 f"note: {task.name}: the score with its own image is not clearly higher than with "
-                f"{other} ({shown}): the model may not use its images; train it longer, or ask "
-                "about more images"
+                f"{other} ({shown}): the model may not use its images; train it on more images or "
+                "for more steps, or evaluate it on more images for a narrower interval"
             )
 
 
