@@ -64,7 +64,8 @@ def parser() -> CommandParser:
         help="use images that are symbolic links to a place outside of the folder",
     )
     add("--out", metavar="DIR", help="folder to write")
-    add("--seed", type=whole_number(0), default=0, metavar="N", help="seed (default: 0)")
+    seed = "seed of the wording and of which images are held out (default: 0)"
+    add("--seed", type=whole_number(0), default=0, metavar="N", help=seed)
     add(
         "--answers",
         choices=["short", "sentence", "evidence"],
@@ -85,14 +86,16 @@ def parser() -> CommandParser:
         choices=FAMILIES,
         default=FAMILIES,
         metavar="FAMILY",
-        help=f"what conversations ask about: {', '.join(FAMILIES)} (default: everything)",
+        help=f"what conversations ask about: {', '.join(FAMILIES)} (default: everything; "
+        "descriptions are people's captions, --captions)",
     )
     add(
         "--turns",
         type=whole_number(1, 100),
         default=8,
         metavar="N",
-        help="questions a conversation (default: 8)",
+        help="about how many questions a conversation has: existence is asked in pairs, one "
+        "answered yes and one no (default: 8)",
     )
     add(
         "--captions-per-image",

@@ -145,6 +145,7 @@ class _Object(msgspec.Struct, gc=False):
     category_id: _Id
     bbox: tuple[_Pixels, _Pixels, _Pixels, _Pixels]
     iscrowd: int | bool | None = 0
+    score: Any = None
 
 
 class _Category(msgspec.Struct):
@@ -247,6 +248,8 @@ class _Reader:
                     f"{path}: annotation {entry.id}: category_id {entry.category_id} is not among "
                     "the categories"
                 )
+            if entry.score is not None:
+                self.findings.add("box_scored", f"{path.name}: annotation {entry.id}")
             left, top, width, height = entry.bbox
             box = Box(name, left, top, width, height, bool(entry.iscrowd), entry.id)
             others = found[entry.image_id]

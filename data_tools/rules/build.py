@@ -26,6 +26,9 @@ from vlm_sft.utils.ownership import refuse_input
 KIND: Final = "COCO build"
 """What the marker of an output folder says that it holds."""
 
+MAX_NAMED: Final = 5
+"""Images without records that are named; the others are counted."""
+
 Images = Sequence[AnnotatedImage]
 
 
@@ -132,6 +135,8 @@ def _summary(
     """Return the content of build.json."""
     used = index.images
     evaluations = Counter(i.split for i in used if i.split and not i.split.startswith("train"))
+    shown = {record["image"] for output in outputs.values() for record in output.records}
+    without_records = [i.file_name for i in used if i.boxes and i.file_name not in shown]
     return {
         "command": "data_tools.build_coco",
         "seed": arguments.seed,
@@ -149,6 +154,8 @@ def _summary(
             "set_aside": split[1],
             "without_captions": sum(not image.captions for image in used),
             "without_boxes": sum(not image.boxes for image in used),
+            "boxed_without_records": len(without_records),
+            "first_boxed_without_records": without_records[:MAX_NAMED],
             "evaluation_splits": dict(sorted(evaluations.items())),
         },
         "max_faulty": arguments.max_faulty,
@@ -164,9 +171,17 @@ def _table(summary: Mapping[str, Any]) -> Iterator[str]:
         f"{counts['train']} to train on, {counts['set_aside']} held out"
     )
     if counts["without_boxes"]:
+        captioned = "captions" in summary["inputs"]
         yield (
             f"{counts['without_boxes']} images have no boxes: what is absent from them is "
-            "unknown, so they give captions only"
+            f"unknown, so they give {'captions only' if captioned else 'no records'}"
+        )
+    if count := counts["boxed_without_records"]:
+        first = counts["first_boxed_without_records"]
+        names = ", ".join(first) + ", ..." * (count > len(first))
+        yield (
+            f"{count} images with boxes give no records, for nothing in them is certain (their "
+            f"objects are too small or in crowds, or there is no question in balance): {names}"
         )
     if counts["without_captions"] and "captions" in summary["inputs"]:
         count = counts["without_captions"]
@@ -222,12 +237,6 @@ def _next(out: str, images: str, made: Sequence[str]) -> Iterator[str]:
         images: The folder of their images.
         made: Names of the files that have records, without ending.
     """
-    if "stage1" in made or "stage2" in made:
-        yield (
-            "without a GPU or a model hub: python scripts/demo_pieces.py demo/pieces, and for init "
-            "--tower demo/pieces/efficientnet-lite0 --llm demo/pieces/smollm2-135m-instruct "
-            "--gpu cpu --out my --yes"
-        )
     yield "next:"
     if "stage2" in made:
         first = f"  vlm-sft init --data {shlex.quote(f'{out}/stage2.json')}"
@@ -249,4 +258,11 @@ def _next(out: str, images: str, made: Sequence[str]) -> Iterator[str]:
         yield (
             f"  vlm-sft evaluate RUN/final --probes {shlex.quote(f'{out}/{name}.json')} --images "
             f"{shlex.quote(images)} --conditions right,blank --out {name}-results.json"
+        )
+    if "stage1" in made or "stage2" in made:
+        yield (
+            "init asks for the two models (--tower, --llm). Without a model hub, `python "
+            "scripts/demo_pieces.py demo/pieces` makes two for a CPU: --tower "
+            "demo/pieces/efficientnet-lite0 --llm demo/pieces/smollm2-135m-instruct --gpu cpu "
+            "--out my --yes"
         )

@@ -27,7 +27,14 @@ def conversation(
     turns. Where there is no room for all families, those asked are drawn.
     """
     if turns < len(wanted):  # else the same families would always be left out
-        wanted = speaker.shuffled(sorted(wanted))[:turns]
+        known: dict[str, Collection[object]] = {
+            "description": facts.captions,
+            "existence": facts.present,
+            "counting": facts.counts,
+            "halves": facts.halves,
+            "relation": facts.pairs,
+        }
+        wanted = [name for name in speaker.shuffled(sorted(wanted)) if known[name]][:turns]
     description = families.description(facts, speaker) if "description" in wanted else []
     room = turns - len(description)
     found: list[Exchange] = []

@@ -87,6 +87,46 @@ def test_an_image_without_boxes_gives_captions_and_never_a_no(
     assert "1 images have no boxes" in capsys.readouterr().out
 
 
+def test_images_of_which_nothing_is_certain_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = write_coco(
+        tmp_path,
+        {
+            1: [],
+            2: [("dog", [0, 0, 50, 50], 0)],
+            3: [("dog", [9.0 * i, 9, 0.2, 0.2], 0) for i in range(6)],
+        },
+    )
+    words = arguments(files, "--captions-from", "boxes")
+    del words[words.index("--captions") : words.index("--captions") + 2]
+    assert build_coco.main(words) == 0
+    out = capsys.readouterr().out
+    assert "1 images have no boxes" in out and "so they give no records" in out
+    assert "1 images with boxes give no records" in out and ": 000000000003.jpg\n" in out
+    images = _read(files, "build")["images"]
+    assert images["boxed_without_records"] == 1
+    assert images["first_boxed_without_records"] == ["000000000003.jpg"]
+
+
+def test_scores_of_a_detector_are_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = write_coco(tmp_path, {1: [("dog", [0, 0, 50, 50], 0)]})
+    tree = json.loads(files["instances"].read_text())
+    tree["annotations"][0]["score"] = 0.51
+    files["instances"].write_text(json.dumps(tree))
+    assert build_coco.main(arguments(files)) == 0
+    assert "1  boxes with a detector's score, all used" in capsys.readouterr().out
+
+
+def test_one_turn_is_asked_of_what_an_image_has(tmp_path: Path) -> None:
+    across = [("dog", [60, 20, 80, 60], 0)]  # no half, no relation, no caption
+    files = write_coco(tmp_path, dict.fromkeys(range(1, 13), across))
+    assert build_coco.main(arguments(files, "--turns", "1")) == 0
+    assert len(_read(files, "stage2")) == 12
+
+
 def test_what_a_caption_speaks_of_is_never_denied(tmp_path: Path) -> None:
     caption = "A puppy, a taxi, some apples, a kitten and a mug."
     files = write_coco(tmp_path, {1: [("dog", [0, 0, 50, 50], 0)]}, {1: [caption]})
@@ -482,9 +522,8 @@ def test_the_commands_that_train_and_evaluate_on_the_files_are_said(
     boxes = [("dog", [10, 10, 40, 30], 0), ("cat", [120, 60, 30, 30], 0)]
     files = write_coco(tmp_path, dict.fromkeys(range(1, 7), boxes), {1: ["A dog."], 2: ["A cat."]})
     assert build_coco.main(arguments(files, "--eval-share", "0.5")) == 0
-    before, _, after = capsys.readouterr().out.partition("next:\n")
-    assert "without a GPU or a model hub: python scripts/demo_pieces.py demo/pieces" in before
-    said = after.splitlines()
+    *said, last = capsys.readouterr().out.partition("next:\n")[2].splitlines()
+    assert "python scripts/demo_pieces.py demo/pieces" in last
     out, images = files["out"], files["images"]
     assert said[0].split("   #")[0] == (
         f"  vlm-sft init --data {out}/stage2.json --images {images} --captions {out}/stage1.json "

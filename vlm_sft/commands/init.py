@@ -362,7 +362,7 @@ def _plan(
     if method == "stage1":
         needed = math.ceil(FEWEST_STAGE1_STEPS * batch / max(1, head.count))
         epochs = max(epochs, min(MOST_EPOCHS, needed))
-    steps = max(1, math.ceil(head.count * epochs / batch))
+    steps = max(1, epochs * math.ceil(head.count / batch))
     start = Chosen(method, "auto", 1, batch, epochs, LENGTHS[0], steps, quantized)
     config = resolve(_config(write(project, start)), download=False)
     estimator = Estimator(config, device, gpus=arguments.gpus, efficiency=ASSUMED_EFFICIENCY)
