@@ -70,8 +70,8 @@ def test_one_file_of_questions_gives_both_stages_and_a_suite(folder, tmp_path, c
     rates = stage2.optim.learning_rate  # of a small language model
     assert (rates.projector, rates.language_model) == (2e-4, 1e-4)
     assert stage2.train.precision == "fp32" and stage2.train.global_batch_size == 8
-    # 24 records: a new projector sees them ten times, the language model three times.
-    assert (stage1.train.epochs, stage2.train.epochs) == (10, 3)
+    # 24 records: a new projector sees them twenty times, the language model three times.
+    assert (stage1.train.epochs, stage2.train.epochs) == (20, 3)
     suite = load_suite(tmp_path / "my" / "suite.yaml")
     assert suite.tasks[0].kind == "gqa"
     assert len(read_task(suite.tasks[0], seed=suite.seed).questions) == 24

@@ -70,12 +70,12 @@ ONE_EPOCH: Final = 50_000
 ONE_EPOCH_ON_CPU: Final = 64
 """The same without a GPU: a small model takes about a second a record."""
 
-FEWEST_STAGE1_STEPS: Final = 60
-"""Stage 1 repeats a small file up to this number of steps: after fewer, a projector that began with
-random weights says the same about every image."""
+FEWEST_STEPS: Final = {"stage1": 120, "stage2": 30}
+"""Steps for which a small file is repeated, in stage 1 and in stage 2 after it: with fewer, a model
+whose projector begins with random weights says the same about every image."""
 
-MOST_EPOCHS: Final = 10
-"""Limit of these repetitions."""
+MOST_EPOCHS: Final = {"stage1": 20, "stage2": 3}
+"""Limit of these repetitions, in stage 1 and in stage 2."""
 
 LENGTHS: Final = (4096, 2048, 1024, 512, 256)
 """Limits of a record's tokens that are tried in turn, if the longest records do not fit."""
@@ -359,9 +359,10 @@ def _plan(
     epochs = 1 if head.count >= (ONE_EPOCH_ON_CPU if device.is_cpu else ONE_EPOCH) else 3
     most = 256 if method == "stage1" else 128
     batch = min(most, max(8, 2 ** int(head.count * epochs / 100).bit_length() // 2))
-    if method == "stage1":
-        needed = math.ceil(FEWEST_STAGE1_STEPS * batch / max(1, head.count))
-        epochs = max(epochs, min(MOST_EPOCHS, needed))
+    if project.has_stage1:
+        stage = "stage1" if method == "stage1" else "stage2"
+        needed = math.ceil(FEWEST_STEPS[stage] * batch / max(1, head.count))
+        epochs = max(epochs, min(MOST_EPOCHS[stage], needed))
     steps = max(1, epochs * math.ceil(head.count / batch))
     start = Chosen(method, "auto", 1, batch, epochs, LENGTHS[0], steps, quantized)
     config = resolve(_config(write(project, start)), download=False)
