@@ -1,6 +1,6 @@
 """From a fresh clone to a model that sees, in one command on a CPU laptop.
 
-    scripts/quickstart                  # everything: about eight minutes on 2 cores
+    scripts/quickstart                  # everything: eight to ten minutes on 2 cores
     scripts/quickstart --hour           # the same with longer training: about an hour
     scripts/quickstart --seed 2         # other scenes, other weights; results in demo-seed2/
 
