@@ -248,13 +248,13 @@ class _Reader:
                     f"{path}: annotation {entry.id}: category_id {entry.category_id} is not among "
                     "the categories"
                 )
-            if entry.score is not None:
-                self.findings.add("box_scored", f"{path.name}: annotation {entry.id}")
             left, top, width, height = entry.bbox
             box = Box(name, left, top, width, height, bool(entry.iscrowd), entry.id)
             others = found[entry.image_id]
             if self._is_usable(box, self.images[entry.image_id], others, path):
                 others.append(box)
+                if entry.score is not None:
+                    self.findings.add("box_scored", f"{path.name}: annotation {entry.id}")
         return found
 
     def _read(self, path: Path, forms: Mapping[str, Any]) -> tuple[list[Any], dict[int, str]]:

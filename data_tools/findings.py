@@ -28,7 +28,8 @@ KINDS: Final[Mapping[str, Finding]] = {
     "box_rounded": Finding("boxes leaving their image by up to a pixel, kept", "reported"),
     "box_crowd": Finding("boxes of crowds, never counted", "reported"),
     "box_scored": Finding(
-        "boxes with a detector's score, all used: remove uncertain ones from the file", "reported"
+        "boxes with a detector's score, used whatever it is: leave uncertain ones out of the file",
+        "reported",
     ),
     "caption_empty": Finding("captions without a word", "annotation dropped"),
     "caption_long": Finding("captions of over 5,000 characters", "annotation dropped"),

@@ -22,7 +22,7 @@ from vlm_sft.commands.parser import (
     whole_number,
 )
 from vlm_sft.commands.run_command import run_command
-from vlm_sft.config.hub_address import PREFIX
+from vlm_sft.config.hub_address import is_hub_address
 from vlm_sft.errors import UserError
 
 EXAMPLES: Final = """examples:
@@ -37,9 +37,8 @@ EXAMPLES: Final = """examples:
 def main(argv: Sequence[str]) -> int:
     """Write the two files and their counts; return the exit code."""
     arguments = parser().read(argv)
-    if arguments.images is None:
-        arguments.images = _folder_of(arguments.records)
-    require_folder("--images", arguments.images)
+    if arguments.images is not None:
+        require_folder("--images", arguments.images)
     if arguments.annotations is not None:
         require_file("--annotations", arguments.annotations)
         if len(arguments.records) != 1:
@@ -51,6 +50,8 @@ def main(argv: Sequence[str]) -> int:
     arguments.columns = ColumnNames.of_option(arguments.columns)
     for path in arguments.records:
         require_records("--records", path)
+    if arguments.images is None:
+        arguments.images = _folder_of(arguments.records)
     write_split(arguments)
     return 0
 
@@ -100,10 +101,15 @@ def _folder_of(records: Sequence[str]) -> Path:
         UserError: The records are in several folders, or on a hub.
     """
     paths = [Path(name) for name in records]
-    folders = {path if path.is_dir() else path.parent for path in paths}
-    if len(folders) > 1 or any(name.startswith(PREFIX) for name in records):
-        raise UserError("--images: missing; give the folder that the image names start from")
-    return folders.pop()
+    folders = [path if path.is_dir() else path.parent for path in paths]
+    on_hub = any(is_hub_address(name) for name in records)
+    if on_hub or len({folder.resolve() for folder in folders}) > 1:
+        place = "on a hub" if on_hub else "in several folders"
+        raise UserError(
+            f"--images: missing, and the records are {place}; give the folder that the image names "
+            "start from"
+        )
+    return folders[0]
 
 
 def _share_or_count(text: str) -> float | int:

@@ -127,6 +127,21 @@ def test_a_lora_run_is_resumed_and_finds_its_base_after_a_move(
     assert torch.equal(logits(again.model), logits(loaded.model))
 
 
+def test_a_relative_folder_does_not_look_like_a_hub_name_in_the_card(
+    released: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(released, tmp_path / "models" / "llava")
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "run"
+    assert train(config_of(Path("models/llava"), out), *LORA, "train.max_steps=1") == 0
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    assert export([str(out / "final"), "exported", "--to", "hf"]) == 0
+    card = Path("exported/README.md").read_text()
+    assert "| finished model | llava |" in card
+    assert "models/llava" not in card and "base_model" not in card
+
+
 def test_another_model_in_the_same_folder_is_not_the_base_of_a_run(
     released: Path, tmp_path: Path
 ) -> None:

@@ -137,6 +137,10 @@ def _summary(
     evaluations = Counter(i.split for i in used if i.split and not i.split.startswith("train"))
     shown = {record["image"] for output in outputs.values() for record in output.records}
     without_records = [i.file_name for i in used if i.boxes and i.file_name not in shown]
+    unused = {
+        "boxed_without_records": len(without_records),
+        "first_boxed_without_records": without_records[:MAX_NAMED],
+    }
     return {
         "command": "data_tools.build_coco",
         "seed": arguments.seed,
@@ -154,8 +158,7 @@ def _summary(
             "set_aside": split[1],
             "without_captions": sum(not image.captions for image in used),
             "without_boxes": sum(not image.boxes for image in used),
-            "boxed_without_records": len(without_records),
-            "first_boxed_without_records": without_records[:MAX_NAMED],
+            **({} if arguments.only else unused),
             "evaluation_splits": dict(sorted(evaluations.items())),
         },
         "max_faulty": arguments.max_faulty,
@@ -171,17 +174,16 @@ def _table(summary: Mapping[str, Any]) -> Iterator[str]:
         f"{counts['train']} to train on, {counts['set_aside']} held out"
     )
     if counts["without_boxes"]:
-        captioned = "captions" in summary["inputs"]
         yield (
             f"{counts['without_boxes']} images have no boxes: what is absent from them is "
-            f"unknown, so they give {'captions only' if captioned else 'no records'}"
+            "unknown, so they give captions at most"
         )
-    if count := counts["boxed_without_records"]:
+    if count := counts.get("boxed_without_records"):
         first = counts["first_boxed_without_records"]
         names = ", ".join(first) + ", ..." * (count > len(first))
         yield (
-            f"{count} images with boxes give no records, for nothing in them is certain (their "
-            f"objects are too small or in crowds, or there is no question in balance): {names}"
+            f"{count} images with boxes give no records, for nothing that is asked is certain of "
+            f"them (small objects, crowds, no question in balance): {names}"
         )
     if counts["without_captions"] and "captions" in summary["inputs"]:
         count = counts["without_captions"]

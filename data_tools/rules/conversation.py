@@ -26,6 +26,7 @@ def conversation(
     A description comes first or last, existence has as many yes as no, and the other families take
     turns. Where there is no room for all families, those asked are drawn.
     """
+    left: Sequence[str] = ()
     if turns < len(wanted):  # else the same families would always be left out
         known: dict[str, Collection[object]] = {
             "description": facts.captions,
@@ -34,13 +35,19 @@ def conversation(
             "halves": facts.halves,
             "relation": facts.pairs,
         }
-        wanted = [name for name in speaker.shuffled(sorted(wanted)) if known[name]][:turns]
+        drawn = [name for name in speaker.shuffled(sorted(wanted)) if known[name]]
+        wanted, left = drawn[:turns], drawn[turns:]
     description = families.description(facts, speaker) if "description" in wanted else []
     room = turns - len(description)
     found: list[Exchange] = []
     if "existence" in wanted and room > 0:
         alone = set(wanted) <= {"existence", "description"}
         found = existence(facts, speaker, max(1, room // 2 if alone else (room + 1) // 4))
+        if not found and left:  # no category is absent: another family takes its place
+            wanted = [*wanted, left[0]]
+            if left[0] == "description":
+                description = families.description(facts, speaker)
+                room -= 1
     others: list[list[Exchange]] = []
     if "counting" in wanted:
         others.append(_larger_numbers_last(families.counting(facts, speaker), speaker))

@@ -74,7 +74,8 @@ def write_split(arguments: argparse.Namespace) -> None:
     if found.groups.counts["images"] and _num_compared(found) == 0:
         raise UserError(
             f"--images {images}: not one of the {found.groups.counts['images']:,} images of the "
-            "records can be opened there, so none can be compared; give their image_root",
+            "records can be opened there, so none can be compared; give the folder that "
+            "their names start from",
             code="image_missing",
         )
     groups = found.groups.numbers()

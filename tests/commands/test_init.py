@@ -97,16 +97,20 @@ def test_long_answers_are_scored_as_descriptions_and_every_question_is_asked(fol
     assert asked == [["Name it."], ["What is there?"]]
 
 
-def test_all_answers_to_one_question_are_scored_alike(folder, tmp_path):
+def test_a_short_answer_among_long_ones_is_a_description(folder, tmp_path):
     records = [
         {"id": str(n), "image": "images/red-circle-0.png", "conversations": [
             {"from": "human", "value": "<image>\nWhat is there?"}, {"from": "gpt", "value": text}]}
-        for n, text in enumerate(["A cat.", "A very " + "old " * 8 + "cat.", "A " * 9 + "dog."])
+        for n, text in enumerate(["A cat.", *["A very " + "old " * 8 + "cat."] * 4])
     ]  # fmt: skip
     (folder / "alike.json").write_text(json.dumps(records))
     run(folder, tmp_path / "my", "--data", str(folder / "alike.json"))
     (task,) = load_suite(tmp_path / "my" / "suite.yaml").tasks
-    assert task.kind == "caption" and len(read_task(task, seed=0).questions) == 3
+    assert task.kind == "caption" and len(read_task(task, seed=0).questions) == 5
+    (folder / "alike.json").write_text(json.dumps(records[:3]))
+    run(folder, tmp_path / "other", "--data", str(folder / "alike.json"))
+    kinds = [task.kind for task in load_suite(tmp_path / "other" / "suite.yaml").tasks]
+    assert kinds == ["gqa", "caption"]
 
 
 def test_captions_are_asked_for_with_the_same_words_in_stage_2_and_in_the_suite(folder, tmp_path):

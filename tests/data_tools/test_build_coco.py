@@ -102,10 +102,12 @@ def test_images_of_which_nothing_is_certain_are_named(
     del words[words.index("--captions") : words.index("--captions") + 2]
     assert build_coco.main(words) == 0
     out = capsys.readouterr().out
-    assert "1 images have no boxes" in out and "so they give no records" in out
+    assert "1 images have no boxes" in out and "so they give captions at most" in out
     assert "1 images with boxes give no records" in out and ": 000000000003.jpg\n" in out
     images = _read(files, "build")["images"]
     assert images["boxed_without_records"] == 1
+    assert build_coco.main([*words, "--only", "halves", "--overwrite"]) == 0
+    assert "with boxes give no records" not in capsys.readouterr().out
     assert images["first_boxed_without_records"] == ["000000000003.jpg"]
 
 
@@ -117,12 +119,17 @@ def test_scores_of_a_detector_are_reported(
     tree["annotations"][0]["score"] = 0.51
     files["instances"].write_text(json.dumps(tree))
     assert build_coco.main(arguments(files)) == 0
-    assert "1  boxes with a detector's score, all used" in capsys.readouterr().out
+    assert "1  boxes with a detector's score, used whatever it is" in capsys.readouterr().out
 
 
-def test_one_turn_is_asked_of_what_an_image_has(tmp_path: Path) -> None:
-    across = [("dog", [60, 20, 80, 60], 0)]  # no half, no relation, no caption
-    files = write_coco(tmp_path, dict.fromkeys(range(1, 13), across))
+@pytest.mark.parametrize("categories", [CATEGORIES, ["dog"]])  # of one, none is ever absent
+def test_one_turn_is_asked_of_what_an_image_has(categories: list[str], tmp_path: Path) -> None:
+    across = [("dog", [60, 20, 80, 60], 0)]  # no half, no relation
+    images = range(1, 13)
+    files = write_coco(tmp_path, dict.fromkeys(images, across), {image: [] for image in images})
+    tree = json.loads(files["instances"].read_text())
+    tree["categories"] = [entry for entry in tree["categories"] if entry["name"] in categories]
+    files["instances"].write_text(json.dumps(tree))
     assert build_coco.main(arguments(files, "--turns", "1")) == 0
     assert len(_read(files, "stage2")) == 12
 

@@ -73,9 +73,18 @@ def test_image_names_start_in_the_folder_of_the_records(tmp_path: Path) -> None:
     assert images["images"] > images["missing"] == 0
     (tmp_path / "b").mkdir()
     other = shutil.copy(given, tmp_path / "b")
-    for names in ([str(given), str(other)], ["hf://datasets/a/b"]):
-        with pytest.raises(UserError, match="--images: missing; give the folder"):
+    for names, message in (
+        ([str(given), str(other)], "--images: missing, and the records are in several folders"),
+        (["hf://datasets/a/b"], "--images: missing, and the records are on a hub"),
+        ([str(tmp_path / "none" / "a.json")], "--records .*a.json: no such data file"),
+        ([""], "--records: an empty name"),
+    ):
+        with pytest.raises(UserError, match=message):
             main(["--records", *names, "--out", str(tmp_path / "no"), "--held-out", "0.3"])
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path, target_is_directory=True)
+    same = ["--records", str(given), str(link / "records.json"), "--held-out", "0.3"]
+    assert main([*same, "--out", str(tmp_path / "same")]) == 0
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -68,7 +68,7 @@ def test_names_of_the_hub_are_base_models_and_local_folders_lose_their_path(
             "model.language_model.name=/home/me/models/vicuna-7b",
         ],
     )
-    named = dataclasses.replace(loaded, config=config, stored_config=config)
+    named = dataclasses.replace(loaded, config=config, trained_config=config)
     fields = CardFields("mine", license="Apache-2.0")
     data = card_data(named, RESULT, fields).to_dict()
     assert data["license"] == "apache-2.0"

@@ -84,6 +84,18 @@ def find_bases(config: RunConfig, checkpoint: Path, given: Mapping[str, str]) ->
     return parse_config(tree, str(checkpoint / "config.yaml"))
 
 
+def with_recorded_paths(config: RunConfig, checkpoint: Path) -> RunConfig:
+    """Return a checkpoint's configuration with the paths that its local base models had.
+
+    The names in it may be relative to the working directory of the training, where they would look
+    like those of a hub.
+    """
+    tree = config.model_dump(mode="json")
+    for key, place in _recorded(checkpoint).items():
+        _set(tree, key, place["path"])
+    return parse_config(tree, str(checkpoint / "config.yaml"))
+
+
 def _with_own_parts(config: RunConfig, checkpoint: Path) -> RunConfig:
     """Return the configuration with the parts that a complete checkpoint contains as its bases."""
     tree = config.model_dump(mode="json")

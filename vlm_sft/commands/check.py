@@ -84,7 +84,7 @@ MAX_PRINTED: Final = 20
 """Bad records that are printed; the others are counted."""
 
 FEW_STEPS: Final = 30
-"""Fewer steps than this leave a projector that began with random weights without a use."""
+"""Fewer steps are too few to make a projector useful that begins with random weights."""
 
 
 def check_run(config: RunConfig, arguments: argparse.Namespace) -> int:
@@ -307,8 +307,9 @@ def _check_data(
                 "steps",
                 "note",
                 f"with {counted_steps(steps)} a projector that begins with random weights learns "
-                "little, and the model may say the same about every image; raise train.epochs, "
-                "lower train.global_batch_size, or start from a trained projector",
+                "little, and the model may say the same about every image; give it more steps "
+                "(train.epochs, train.max_steps, a smaller train.global_batch_size), or start from "
+                "a trained projector",
             )
         seen, batch = sampler.records_per_epoch, config.train.global_batch_size
         if seen < batch:

@@ -56,6 +56,9 @@ SUITE_QUESTIONS: Final = 200
 SHORT_WORDS: Final = 8
 """Words of the longest answer that is compared as a whole; longer ones are descriptions."""
 
+MOSTLY: Final = 0.75
+"""Share of long answers to a question from which its short answers are scored as descriptions."""
+
 SUITE_FILES: Final[Mapping[SuiteTask, str]] = {
     "answer": "suite.jsonl",
     "describe": "suite_descriptions.jsonl",
@@ -440,11 +443,11 @@ def _suite_questions(
         for question, answer in itertools.pairwise(record.turns)
         if (question.role, answer.role) == ("user", "assistant")
     ]
-    # Of one question, all answers are scored alike: a short caption among longer ones is a caption.
-    answers: dict[str, list[int]] = {}
+    # A short answer to a question that is mostly answered at length is a description, too.
+    lengths: dict[str, list[bool]] = {}
     for _, question, answer in asked:
-        answers.setdefault(question.text.strip(), []).append(len(answer.text.split()))
-    lengths = {question: statistics.median(found) for question, found in answers.items()}
+        is_long = len(answer.text.split()) > SHORT_WORDS
+        lengths.setdefault(question.text.strip(), []).append(is_long)
     tasks: dict[SuiteTask, list[dict[str, Any]]] = {"answer": [], "describe": []}
     for number, (record, question, answer) in enumerate(
         asked[:: -(-len(asked) // SUITE_QUESTIONS)]
@@ -452,7 +455,7 @@ def _suite_questions(
         image, text = record.images[0], answer.text.strip()
         assert isinstance(image, Path)
         asks = question.text.strip()
-        is_long = lengths[asks] > SHORT_WORDS
+        is_long = len(text.split()) > SHORT_WORDS or statistics.fmean(lengths[asks]) > MOSTLY
         task: SuiteTask = arguments.task or ("describe" if is_long or not asks else "answer")
         row = {"question_id": number, "image_id": number, "record": record.id}
         row |= {"image": os.path.relpath(image, root)}

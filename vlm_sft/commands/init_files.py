@@ -330,7 +330,7 @@ def _data(project: Project, chosen: Chosen) -> str:
     )
     cache = ""
     if project.device == "cpu" and (project.has_stage1 or chosen.epochs > 1):
-        folder, passes = f"{project.runs}/features", "epochs"
+        folder, passes = f"{project.runs}/features", "all epochs"
         if project.has_stage1:
             passes = "both stages"
         cache = f"  feature_cache: {_text(folder)}   # the tower runs once for {passes}\n"

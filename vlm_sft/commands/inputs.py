@@ -160,6 +160,8 @@ def require_records(option: str, path: str) -> None:
     Raises:
         UserError: Names the option and the absolute path, or what is wrong with a hub address.
     """
+    if not path:
+        raise UserError(f"{option}: an empty name; give a file or folder of records")
     if is_hub_address(path):
         try:
             HubAddress.parse(path)

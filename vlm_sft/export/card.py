@@ -139,7 +139,7 @@ def require_results(path: Path) -> dict[str, Any]:
 
 def _bases(checkpoint: LoadedModel) -> dict[str, str]:
     """Return the names of the base models by what they are; local ones without their path."""
-    config = checkpoint.stored_config  # in `config`, parts may be folders of the checkpoint
+    config = checkpoint.trained_config
     if config is None:
         return {}
     named = {

@@ -10,7 +10,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from vlm_sft.checkpoint.base_models import LANGUAGE_MODEL, VISION_TOWER, find_bases
+from vlm_sft.checkpoint.base_models import (
+    LANGUAGE_MODEL,
+    VISION_TOWER,
+    find_bases,
+    with_recorded_paths,
+)
 from vlm_sft.checkpoint.components import (
     ADAPTER,
     PROJECTOR,
@@ -80,8 +85,9 @@ class LoadedModel:
         config: The configuration of the training run; None for a finished model of another program.
         manifest: The checkpoint's manifest: step, stage, versions of libraries, ...; empty for a
             finished model of another program.
-        stored_config: The configuration as the checkpoint stores it, in which the base models have
-            the names that the run was given; None for a finished model of another program.
+        trained_config: The configuration as the run had it, with the base models that it was given;
+            in `config`, they are where they are now, or parts of the checkpoint. None for a
+            finished model of another program.
     """
 
     model: VisionLanguageModel
@@ -92,7 +98,7 @@ class LoadedModel:
     image_processing: ImageProcessing
     config: RunConfig | None
     manifest: dict[str, Any]
-    stored_config: RunConfig | None = None
+    trained_config: RunConfig | None = None
 
     @property
     def device(self) -> torch.device:
@@ -385,7 +391,7 @@ def load_checkpoint(
         image_processing=preprocessing.get("image_processing", "exact"),
         config=config,
         manifest=manifest,
-        stored_config=stored_config,
+        trained_config=with_recorded_paths(stored_config, folder),
     )
 
 
