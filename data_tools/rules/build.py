@@ -13,7 +13,7 @@ import numpy as np
 
 from data_tools.coco import AnnotatedImage, CocoIndex
 from data_tools.digests import file_digest
-from data_tools.findings import finding_lines
+from data_tools.findings import MAX_EXAMPLES, finding_lines
 from data_tools.image_check import read_annotated
 from data_tools.rules import DEFAULT_PROBES, FILES, PROBE_FAMILIES
 from data_tools.rules.datasets import Output, Writer
@@ -25,9 +25,6 @@ from vlm_sft.utils.ownership import refuse_input
 
 KIND: Final = "COCO build"
 """What the marker of an output folder says that it holds."""
-
-MAX_NAMED: Final = 5
-"""Images without records that are named; the others are counted."""
 
 Images = Sequence[AnnotatedImage]
 
@@ -139,7 +136,7 @@ def _summary(
     without_records = [i.file_name for i in used if i.boxes and i.file_name not in shown]
     unused = {
         "boxed_without_records": len(without_records),
-        "first_boxed_without_records": without_records[:MAX_NAMED],
+        "first_boxed_without_records": without_records[:MAX_EXAMPLES],
     }
     return {
         "command": "data_tools.build_coco",

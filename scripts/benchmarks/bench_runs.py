@@ -51,7 +51,7 @@ class Peer:
         return self.script == "ours.py"
 
     def work(self, steps: int) -> float:
-        """Return the relative time of a run of so many steps; its start takes about three."""
+        """Return the relative time of a run of `steps` steps; startup takes as long as three."""
         return self.weight * (steps + 3)
 
 

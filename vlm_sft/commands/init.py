@@ -444,10 +444,9 @@ def _suite_questions(
         if (question.role, answer.role) == ("user", "assistant")
     ]
     # A short answer to a question that is mostly answered at length is a description, too.
-    lengths: dict[str, list[bool]] = {}
+    long_answers: dict[str, list[bool]] = {}
     for _, question, answer in asked:
-        is_long = len(answer.text.split()) > SHORT_WORDS
-        lengths.setdefault(question.text.strip(), []).append(is_long)
+        long_answers.setdefault(question.text.strip(), []).append(_is_long(answer.text))
     tasks: dict[SuiteTask, list[dict[str, Any]]] = {"answer": [], "describe": []}
     for number, (record, question, answer) in enumerate(
         asked[:: -(-len(asked) // SUITE_QUESTIONS)]
@@ -455,8 +454,8 @@ def _suite_questions(
         image, text = record.images[0], answer.text.strip()
         assert isinstance(image, Path)
         asks = question.text.strip()
-        is_long = len(text.split()) > SHORT_WORDS or statistics.fmean(lengths[asks]) > MOSTLY
-        task: SuiteTask = arguments.task or ("describe" if is_long or not asks else "answer")
+        described = not asks or _is_long(text) or statistics.fmean(long_answers[asks]) > MOSTLY
+        task: SuiteTask = arguments.task or ("describe" if described else "answer")
         row = {"question_id": number, "image_id": number, "record": record.id}
         row |= {"image": os.path.relpath(image, root)}
         row |= {"question": asks} if asks else {}
@@ -464,6 +463,10 @@ def _suite_questions(
         if asks or task == "describe":
             tasks[task].append(row)
     return tasks
+
+
+def _is_long(answer: str) -> bool:
+    return len(answer.split()) > SHORT_WORDS
 
 
 def _print_next(project: Project, stage2: Chosen, *, has_suite: bool) -> None:
